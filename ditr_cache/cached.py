@@ -1,0 +1,92 @@
+"""What a reader returns: one sample of a cache, as stored (for trainers) or decoded (for everyone)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditr_cache.schema import VFMSpec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredFeatures:
+    """Feature rows of one sample as stored.
+
+    Args:
+        table: [T, C] int8 or float16.
+        scale: [T] float32 factors of int8 rows; None for float16.
+        index: [N] int32, the row of each point, -1 where it has no feature.
+        spec: the VFM.
+    """
+
+    table: NDArray[np.generic]
+    scale: NDArray[np.float32] | None
+    index: NDArray[np.int32]
+    spec: VFMSpec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredSample:
+    """One sample of N points in Morton order.
+
+    Args:
+        id, split: as the dataset names them.
+        coord: [N, 3] float32 metres.
+        color: [N, 3] uint8 RGB.
+        normal: [N, 3] float32, unit length or zero.
+        strength: [N] float32.
+        segment: [N] int16, `ignore_index` where unlabelled.
+        instance: [N] int32, -1 where none.
+        source_index: [N] int64, each point's position in the dataset's own order.
+        features: rows of one VFM; None where none was asked for.
+    """
+
+    id: str
+    split: str
+    coord: NDArray[np.float32]
+    color: NDArray[np.uint8] | None
+    normal: NDArray[np.float32] | None
+    strength: NDArray[np.float32] | None
+    segment: NDArray[np.int16] | None
+    instance: NDArray[np.int32] | None
+    source_index: NDArray[np.int64]
+    features: StoredFeatures | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CachedSample(Mapping[str, Any]):
+    """One sample, decoded. Also a mapping, so that `dict(sample)` feeds a trainer that wants a data dict.
+
+    Args as in `StoredSample`, and:
+        feature: [N, C] float32, zero where not `valid`; None where the cache holds no VFM.
+        valid: [N] bool, whether the point has a feature.
+        link_count: [N] int32, the number of views that see the point.
+    """
+
+    id: str
+    split: str
+    coord: NDArray[np.float32]
+    color: NDArray[np.uint8] | None
+    normal: NDArray[np.float32] | None
+    strength: NDArray[np.float32] | None
+    segment: NDArray[np.int16] | None
+    instance: NDArray[np.int32] | None
+    source_index: NDArray[np.int64]
+    link_count: NDArray[np.int32]
+    feature: NDArray[np.float32] | None
+    valid: NDArray[np.bool_]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in {f.name for f in fields(self)}:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(f.name for f in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))

@@ -1,0 +1,261 @@
+"""`ditr-cache`: thin commands over the public functions. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ditr_cache.errors import CacheError
+
+
+class _ImageSize(click.ParamType[tuple[int, int]]):
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            height, width = (int(part) for part in str(value).lower().split("x"))
+        except ValueError:
+            self.fail(f"{value!r} is not HEIGHTxWIDTH, say 420x560", param, ctx)
+        if height < 1 or width < 1:
+            self.fail(f"{value!r}: height and width must be positive", param, ctx)
+        return height, width
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ditr")
+@click.option("-v", "--verbose", is_flag=True, help="Log what happens.")
+def cli(verbose: bool) -> None:
+    """Cache the features of a vision foundation model (VFM) on the points of a 3D dataset."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+@cli.command()
+@click.option("--dataset", required=True, metavar="NAME", help="scannet, rgbd or rooms.")
+@click.option("--root", required=True, type=click.Path(path_type=Path), help="Folder of the dataset as unpacked.")
+@click.option("--out", required=True, metavar="CACHE", help="Folder of the cache; made where it does not exist.")
+@click.option("--split", "splits", multiple=True, help="Only this split; may be given several times.")
+@click.option("--vfm", default="dinov2-large", show_default=True, help="Short name, or any timm model's name.")
+@click.option("--checkpoint", type=click.Path(), help="Weights: .safetensors or a state dict saved by torch.")
+@click.option("--image-size", type=_ImageSize(), help="Size the VFM sees.  [default: 30x40 patches]")
+@click.option("--every-nth-frame", type=click.IntRange(min=1), help="Keep every n-th frame.  [default: the dataset's]")
+@click.option("--max-views", type=click.IntRange(min=1), help="At most this many views a sample, evenly spread.")
+@click.option("--occlusion-tolerance", type=click.FloatRange(min=0), help="Metres.  [default: 0.2]")
+@click.option("--depth-min", type=click.FloatRange(min=0), help="Metres; nearer points are not linked.  [default: 0.1]")
+@click.option("--depth-max", type=click.FloatRange(min=0), help="Metres; farther points are not linked.")
+@click.option("--fuse", type=click.Choice(["mean", "last", "nearest"]), default="mean", show_default=True)
+@click.option("--codec", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--compile", "compile_", is_flag=True, help="Run the VFM through torch.compile.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Images per forward pass.  [default: 32 on CUDA, else 4]"
+)
+@click.option(
+    "--workers", type=click.IntRange(min=0), help="Processes; 0 runs in this one.  [default: one per GPU, at least one]"
+)
+@click.option("--scheduler", metavar="ADDR", help="Address of a running dask scheduler, instead of local processes.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N partitions.")
+@click.option("--retry-incomplete", is_flag=True, help="Redo partitions that were committed without some views.")
+@click.option("--dry-run", is_flag=True, help="Print partitions, images, points, bytes and seconds; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+def extract(
+    dataset: str,
+    root: Path,
+    out: str,
+    splits: tuple[str, ...],
+    vfm: str,
+    checkpoint: str | None,
+    image_size: tuple[int, int] | None,
+    device: str,
+    compile_: bool,
+    fuse: str,
+    codec: str,
+    batch_size: int | None,
+    workers: int | None,
+    scheduler: str | None,
+    limit: int | None,
+    retry_incomplete: bool,
+    dry_run: bool,
+    as_json: bool,
+    **links: float | None,
+) -> None:
+    """Run a VFM over a dataset's images and store its features on the points.
+
+    Run again, it does only what is missing; with another --vfm it reuses all geometry.
+    """
+    _require_torch()
+    from ditr_cache.extract import ExtractRequest
+    from ditr_cache.extract import extract as run
+    from ditr_cache.partition import ExtractSettings
+    from ditr_cache.plan import estimate
+    from ditr_cache.vfm import VFMRequest
+
+    request = ExtractRequest(
+        settings=ExtractSettings(
+            dataset=dataset,
+            root=str(root.absolute()),
+            cache=out if "://" in out else str(Path(out).absolute()),
+            vfm=VFMRequest(
+                name=vfm,
+                checkpoint=str(Path(checkpoint).absolute()) if checkpoint else None,
+                image_size=image_size,
+                device=device,
+                compile=compile_,
+            ),
+            fuse=fuse,
+            codec=codec,
+            retry_incomplete=retry_incomplete,
+            batch_size=batch_size,
+        ),
+        links={k: v for k, v in links.items() if v is not None},
+        splits=splits or None,
+        limit=limit,
+        workers=workers,
+        scheduler=scheduler,
+    )
+    if dry_run:
+        plan = estimate(request)
+        click.echo(json.dumps({"estimate": plan.to_dict()}) if as_json else plan.line())
+        return
+    totals = run(request, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(totals.to_dict()))
+    else:
+        counts, geometry = totals.partitions, totals.geometry
+        click.echo(
+            f"{counts['done']} done, {counts['reused']} already there, {counts['failed']} failed; geometry: "
+            f"{geometry['computed']} computed, {geometry['reused']} reused; coverage {totals.coverage:.1%}; "
+            f"{totals.images} images in {totals.seconds:.1f} s"
+        )
+        if totals.failures:
+            click.echo(
+                f"{len(totals.failures)} views or samples were left out (listed above); mend them and run again "
+                "with --retry-incomplete",
+                err=True,
+            )
+    if totals.failures:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("cache")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+def info(cache: str, as_json: bool) -> None:
+    """Say what a cache holds."""
+    from ditr_cache.info import cache_info
+    from ditr_cache.progress import human_bytes, human_count
+    from ditr_cache.store import open_cache
+
+    found = cache_info(open_cache(cache))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(
+        f"{found['dataset']}: {found['samples']} samples, {human_count(found['points'])} points, "
+        f"{found['views']} views, coverage {found['coverage']:.1%}, geometry {human_bytes(found['geometry_bytes'])}"
+        + (f", {found['incomplete']} incomplete" if found["incomplete"] else "")
+    )
+    for vfm in found["vfms"]:
+        per_point = vfm["bytes"] / max(1, found["points"])
+        click.echo(
+            f"  {vfm['key']}: {vfm['samples']} samples, {vfm['dim']}-d {vfm['codec']}, {vfm['layout']} "
+            f"({vfm['fuse']}), grid {vfm['grid'][0]}x{vfm['grid'][1]}, coverage {vfm['coverage']:.1%}, "
+            f"{human_bytes(vfm['bytes'])} "
+            f"({per_point:.0f} bytes per point)" + (f", {vfm['incomplete']} incomplete" if vfm["incomplete"] else "")
+        )
+
+
+@cli.command()
+@click.argument("cache")
+@click.option("--repair", is_flag=True, help="Remove what is bad, so that the next extract rebuilds just that.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+def verify(cache: str, repair: bool, as_json: bool) -> None:
+    """Re-read every byte of a cache and compare it with what was committed."""
+    from rich.console import Console
+
+    from ditr_cache.verify import verify as run
+
+    console = Console(stderr=True)
+    if console.is_terminal and not as_json:
+        with console.status("verify") as status:
+            report = run(cache, repair=repair, progress=lambda entry: status.update(f"verify {entry}"))
+    else:
+        report = run(cache, repair=repair)
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+    else:
+        for entry, reason in report.reasons.items():
+            click.echo(f"{'removed' if repair else 'bad'} {entry}: {reason}")
+        click.echo(f"{report.checked} checked, {report.ok} ok")
+    if not report.clean:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("cache")
+@click.argument("sample")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="PNG file to write.")
+@click.option("--vfm", help="Key or name; needed where the cache holds several.")
+def show(cache: str, sample: str, out: Path, vfm: str | None) -> None:
+    """Draw one cached sample: colour, labels, PCA of the features, coverage."""
+    from ditr_cache.show import show as run
+    from ditr_cache.store import open_cache
+
+    run(open_cache(cache), sample, out, vfm)
+    click.echo(str(out))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--scenes", default=24, show_default=True, type=click.IntRange(min=2))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+def synthesize(folder: Path, scenes: int, seed: int) -> None:
+    """Write procedural rooms in ScanNet's layout, to try everything without a download."""
+    import os
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ditr_cache.synthesize import synthesize as run
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("synthesize", total=scenes)
+        workers = min(scenes, os.cpu_count() or 1)
+        run(folder, scenes=scenes, seed=seed, workers=workers, progress=lambda n, _: bar.update(task, completed=n))
+    click.echo(str(folder))
+
+
+def _require_torch() -> None:
+    import importlib.util
+
+    missing = [name for name in ("torch", "timm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CacheError(f"{' and '.join(missing)} not installed; run `pip install 'ditr[vfm]'` to extract features")
+
+
+def main() -> None:
+    """Entry point: errors of ours are one message and an exit code, never a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.exceptions.Abort:
+        click.echo("stopped; the same command goes on from here", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from here", err=True)
+        sys.exit(1)
+    except CacheError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

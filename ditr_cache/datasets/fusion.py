@@ -1,0 +1,194 @@
+"""Points from posed depth maps: back-projection of every frame, averaged on a voxel grid.
+
+Memory is bounded by the number of occupied voxels, not by the number of frames.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditr_cache.errors import DataError
+from ditr_cache.geometry import inside, project
+from ditr_cache.sample import Camera, Points, View
+
+T = TypeVar("T", np.float32, np.float64)
+
+_LOG = logging.getLogger(__name__)
+
+_STEP = 3  # pixels to each side for normals: a longer base line outweighs the quantisation of consumer depth sensors
+_JUMP = 0.03  # of the depth, per pixel of step: neighbours further apart lie on another surface
+_CELLS = 2**20  # voxels per axis on either side of the origin: three axes fit into 63 bits
+_MERGE_ROWS = 2**20
+
+
+def fuse_views(
+    views: Sequence[View], *, where: str, voxel_size: float = 0.02, depth_range: tuple[float, float] = (0.1, 6.0)
+) -> Points:
+    """One point per occupied voxel: mean position, mean colour, mean normal over all frames.
+
+    Frames without a finite pose are skipped; so are frames that cannot be read, with a logged warning. Depth that falls
+    outside the colour image is left out.
+
+    Args:
+        views: posed views with depth.
+        where: names the capture in errors.
+        voxel_size: metres.
+        depth_range: metres along z.
+
+    Returns:
+        Points with colour and unit normals that point to the cameras (zero where no surface could be fitted), sorted
+        by voxel: the same views give the same points in the same order.
+
+    Raises:
+        DataError: no frame gave a point.
+    """
+    grid = _VoxelGrid(voxel_size)
+    skipped, first_error = 0, ""
+    for view in views:
+        if not np.isfinite(view.camera_from_world).all():
+            skipped += 1
+            continue
+        try:
+            coord, color, normal = back_project(view, depth_range)
+            grid.add(coord, color, normal)
+        except DataError as error:
+            skipped += 1
+            first_error = first_error or f" ({error})"
+            _LOG.warning("view %s left out of the fusion: %s", view.id, error)
+    if not grid.occupied:
+        raise DataError(
+            f"{where}: no points: {skipped} of {len(views)} frames cannot be used{first_error}, the others have "
+            f"no depth within {depth_range[0]}..{depth_range[1]} m"
+        )
+    return grid.points()
+
+
+def back_project(
+    view: View, depth_range: tuple[float, float]
+) -> tuple[NDArray[np.float64], NDArray[np.uint8], NDArray[np.float64]]:
+    """World coordinates, colours and normals of the pixels of one view that have depth within `depth_range`.
+
+    Args:
+        view: with depth and a finite pose.
+        depth_range: metres along z.
+
+    Returns:
+        coord [N, 3] float64, color [N, 3] uint8, normal [N, 3] float64, unit and towards the camera, or zero.
+
+    Raises:
+        DataError: image or depth cannot be read.
+    """
+    if view.load_depth is None or view.depth_camera is None:
+        raise DataError(f"view {view.id}: no depth to take points from")
+    depth = view.load_depth()
+    image = view.load_image()
+    points = unproject(depth, view.depth_camera)
+    keep = (depth >= depth_range[0]) & (depth <= depth_range[1])
+    in_camera, normals = points[keep].astype(np.float64), depth_normals(points)[keep].astype(np.float64)
+    u, v = project(in_camera, view.camera)
+    seen = inside(u, v, view.camera)
+    color = image[v[seen].astype(np.intp), u[seen].astype(np.intp)]
+    world_from_camera = np.linalg.inv(view.camera_from_world)
+    rotation, translation = world_from_camera[:3, :3], world_from_camera[:3, 3]
+    return in_camera[seen] @ rotation.T + translation, color, normals[seen] @ rotation.T
+
+
+def unproject(depth: NDArray[np.float32], camera: Camera) -> NDArray[np.float32]:
+    """[H, W, 3] float32 points in the camera's frame of a depth map [H, W] in metres; pixel centres are at +0.5."""
+    height, width = depth.shape
+    x = ((np.arange(width) + 0.5 - camera.cx) / camera.fx).astype(np.float32)
+    y = ((np.arange(height) + 0.5 - camera.cy) / camera.fy).astype(np.float32)
+    return np.stack([x * depth, y[:, None] * depth, depth], axis=2)
+
+
+def depth_normals(in_camera: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[H, W, 3] float32 unit normals of a map of points [H, W, 3], towards the camera.
+
+    Zero at the border, where a neighbour has no depth, and at jumps of the depth, where no surface is.
+    """
+    normals = np.zeros_like(in_camera)
+    s = _STEP
+    if min(in_camera.shape[:2]) <= 2 * s:
+        return normals
+    centre = in_camera[s:-s, s:-s]
+    left, right = in_camera[s:-s, : -2 * s], in_camera[s:-s, 2 * s :]
+    above, below = in_camera[: -2 * s, s:-s], in_camera[2 * s :, s:-s]
+    z = centre[..., 2]
+    smooth = z > 0
+    for neighbour in (left, right, above, below):
+        smooth &= (neighbour[..., 2] > 0) & (np.abs(neighbour[..., 2] - z) <= _JUMP * s * z)
+    # x right, y down, z forward: below-above cross right-left looks back at the camera.
+    normal = np.cross(below - above, right - left)
+    away = np.einsum("hwc,hwc->hw", normal, centre) > 0
+    normals[s:-s, s:-s] = _unit(normal) * (smooth * np.where(away, np.float32(-1), np.float32(1)))[..., None]
+    return normals
+
+
+class _VoxelGrid:
+    """Sums of position, colour and normal by voxel, sorted by voxel; new rows are merged in large batches."""
+
+    def __init__(self, voxel_size: float) -> None:
+        self._voxel_size = voxel_size
+        self._keys = np.empty(0, dtype=np.int64)
+        self._sums = np.empty((0, 10))  # count, xyz, rgb, normal
+        self._pending: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
+        self._pending_rows = 0
+
+    @property
+    def occupied(self) -> bool:
+        """Whether any point was added."""
+        return bool(len(self._keys) or self._pending)
+
+    def add(self, coord: NDArray[np.float64], color: NDArray[np.uint8], normal: NDArray[np.float64]) -> None:
+        """Add points [N, 3] of one frame. Raises `DataError` where they lie outside the grid."""
+        if not len(coord):
+            return
+        cell = np.floor(coord / self._voxel_size)
+        if not (np.abs(cell) < _CELLS).all():
+            raise DataError(
+                f"points up to {float(np.abs(coord).max()):.3g} m from the origin, expected at most "
+                f"{_CELLS * self._voxel_size:.3g} m; the pose is damaged"
+            )
+        x, y, z = (cell.astype(np.int64) + _CELLS).T
+        values = np.concatenate([np.ones((len(coord), 1)), coord, color, normal], axis=1)
+        self._pending.append(_sum_by_key((x * 2 * _CELLS + y) * 2 * _CELLS + z, values))
+        self._pending_rows += len(self._pending[-1][0])
+        if self._pending_rows > max(_MERGE_ROWS, len(self._keys)):
+            self._merge()
+
+    def points(self) -> Points:
+        """Mean of every voxel."""
+        self._merge()
+        mean = self._sums[:, 1:7] / self._sums[:, :1]
+        return Points(
+            coord=mean[:, :3].astype(np.float32),
+            color=np.rint(mean[:, 3:]).astype(np.uint8),
+            normal=_unit(self._sums[:, 7:]).astype(np.float32),
+        )
+
+    def _merge(self) -> None:
+        keys = np.concatenate([self._keys, *(k for k, _ in self._pending)])
+        sums = np.concatenate([self._sums, *(s for _, s in self._pending)])
+        self._keys, self._sums = _sum_by_key(keys, sums)
+        self._pending, self._pending_rows = [], 0
+
+
+def _sum_by_key(keys: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Sorted distinct keys and the sum of the rows of `values` of each."""
+    if not len(keys):
+        return keys, values
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    return keys[starts], np.add.reduceat(values[order], starts, axis=0)
+
+
+def _unit(vectors: NDArray[T]) -> NDArray[T]:
+    """Vectors [..., 3] scaled to unit length; those too short to have a direction become zero."""
+    length = np.sqrt(np.einsum("...c,...c->...", vectors, vectors))[..., None]
+    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 1e-12)

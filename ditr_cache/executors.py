@@ -1,0 +1,167 @@
+"""Where partitions run: in this process, or on dask workers. The only importer of dask.
+
+Dask distributes partitions and nothing else. A worker gets the settings once (a `WorkerPlugin` builds the
+`PartitionWorker`, and with it the VFM), then one partition id after the other; it reads and writes by itself and
+returns a small summary. Submissions are bounded, so neither the client nor the scheduler grows with the dataset.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from ditr_cache.datasets.base import Partition
+from ditr_cache.errors import CacheError, UsageError
+from ditr_cache.partition import ExtractSettings, PartitionWorker
+from ditr_cache.progress import PartitionSummary
+from ditr_cache.schema import BrokenView
+
+IN_FLIGHT_PER_WORKER = 3
+"""Partitions submitted ahead per worker: enough that none idles, few enough that the scheduler stays flat."""
+
+RETRIES = 2
+"""How often a partition whose worker died is tried again elsewhere."""
+
+_PLUGIN = "ditr-cache"
+
+
+def run_here(worker: PartitionWorker, partitions: Iterable[Partition]) -> Generator[PartitionSummary, None, None]:
+    """Run partitions in this process, one after the other."""
+    for partition in partitions:
+        yield worker(partition)
+
+
+def run_on_dask(
+    settings: ExtractSettings,
+    expected_key: str,
+    partitions: Iterable[Partition],
+    *,
+    workers: int,
+    scheduler: str | None,
+) -> Generator[PartitionSummary, None, None]:
+    """Run partitions on dask workers; yields summaries as they finish.
+
+    Args:
+        settings: sent to every worker once.
+        expected_key: the VFM key that every worker must arrive at.
+        partitions: consumed as workers become free.
+        workers: processes of a local cluster, one per GPU where there are any.
+        scheduler: address of a running scheduler, used instead of a local cluster.
+
+    Raises:
+        UsageError: the scheduler does not answer or has no worker.
+        CacheError: a worker cannot be set up (its data, cache or VFM is not what the client has).
+    """
+    from distributed import Client, LocalCluster, as_completed
+
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # its chatter hides ours
+    with ExitStack() as stack:
+        if scheduler is None:
+            cluster = stack.enter_context(
+                LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    dashboard_address=None,
+                    silence_logs=logging.ERROR,
+                )
+            )
+            client = stack.enter_context(Client(cluster))
+        else:
+            try:
+                client = stack.enter_context(Client(scheduler, timeout="20s"))
+            except (OSError, ValueError) as error:
+                raise UsageError(f"no dask scheduler answers at {scheduler!r} within 20 s: {error}") from error
+            if not client.scheduler_info()["workers"]:
+                raise UsageError(f"the dask scheduler at {scheduler!r} has no workers; start some with `dask worker`")
+        _set_up(client, settings, expected_key, threads=max(1, (os.cpu_count() or 1) // max(1, workers)))
+        resources = _gpu_resource(client)
+        queue = iter(partitions)
+        waiting: Any = as_completed()
+        ids: dict[str, Partition] = {}
+
+        def submit() -> bool:
+            partition = next(queue, None)
+            if partition is None:
+                return False
+            future = client.submit(
+                _run_on_worker,
+                partition,
+                pure=False,
+                retries=RETRIES,
+                resources=resources,
+                key=f"extract-{partition.id}",
+            )
+            ids[future.key] = partition
+            waiting.add(future)
+            return True
+
+        for _ in range(IN_FLIGHT_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))):
+            if not submit():
+                break
+        for future in waiting:
+            partition = ids.pop(future.key)
+            summary = future.result() if future.status == "finished" else _lost(partition, future.exception())
+            future.release()
+            yield summary
+            submit()
+
+
+class _WorkerSetup:
+    """Builds the `PartitionWorker` of a dask worker. Duck-typed `WorkerPlugin`, so that dask is imported lazily."""
+
+    name = _PLUGIN
+    idempotent = False
+
+    def __init__(self, settings: ExtractSettings, expected_key: str, threads: int) -> None:
+        self.settings, self.expected_key, self.threads = settings, expected_key, threads
+
+    def setup(self, worker: Any) -> None:
+        """Called by dask on every worker, also on those that join later."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        settings = self.settings
+        if settings.vfm.device in ("auto", "cuda") and torch.cuda.device_count() > 1 and isinstance(worker.name, int):
+            device = f"cuda:{worker.name % torch.cuda.device_count()}"
+            settings = replace(settings, vfm=replace(settings.vfm, device=device))
+        worker.ditr_partition_worker = PartitionWorker(settings, expected_key=self.expected_key)
+
+    def teardown(self, worker: Any) -> None:
+        """Called by dask when the plugin is taken off: frees the VFM's memory."""
+        del worker.ditr_partition_worker
+
+
+def _set_up(client: Any, settings: ExtractSettings, expected_key: str, threads: int) -> None:
+    from distributed import WorkerPlugin
+
+    plugin = type("DitrWorkerSetup", (_WorkerSetup, WorkerPlugin), {})(settings, expected_key, threads)
+    for address, outcome in client.register_plugin(plugin).items():
+        if outcome.get("status") == "error":
+            error = outcome.get("exception")
+            error = getattr(error, "data", error)
+            raise error if isinstance(error, CacheError) else UsageError(f"worker {address} cannot be set up: {error}")
+
+
+def _gpu_resource(client: Any) -> dict[str, int] | None:
+    """Ask for the worker resource GPU where every worker declares it."""
+    workers = client.scheduler_info()["workers"].values()
+    return {"GPU": 1} if workers and all(w.get("resources", {}).get("GPU") for w in workers) else None
+
+
+def _run_on_worker(partition: Partition) -> PartitionSummary:
+    from distributed import get_worker
+
+    worker: Any = get_worker()
+    summary: PartitionSummary = worker.ditr_partition_worker(partition)
+    return summary
+
+
+def _lost(partition: Partition, error: Exception | None) -> PartitionSummary:
+    text = f"its worker died {RETRIES + 1} times (out of memory?): {error}"
+    failures = tuple(BrokenView(sample=i, view="", error=text) for i in partition.sample_ids)
+    return PartitionSummary(partition=partition.id, status="failed", failures=failures)

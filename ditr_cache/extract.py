@@ -1,0 +1,102 @@
+"""The whole run: plan what is asked for, run every partition, sum up."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+
+from ditr_cache.datasets.base import Dataset, Partition, open_dataset, partitions
+from ditr_cache.errors import MissingDataError
+from ditr_cache.executors import run_here, run_on_dask
+from ditr_cache.partition import ExtractSettings, PartitionWorker, committed, reused_summary
+from ditr_cache.progress import PartitionSummary, ProgressDisplay, RunTotals
+from ditr_cache.schema import CacheMetadata, LinkSettings
+from ditr_cache.store import CacheWriter, Paths, local_path, read_document, remove_leftovers
+from ditr_cache.vfm import FrozenVFM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractRequest:
+    """One call of `ditr-cache extract`.
+
+    Args:
+        settings: what every worker needs.
+        links: link settings that were named; None takes the cache's, or the defaults where it is new.
+        splits: None takes all.
+        limit: at most this many partitions; None takes all.
+        workers: 0 runs in this process; None takes one process per GPU, one where there is none.
+        scheduler: address of a running dask scheduler.
+    """
+
+    settings: ExtractSettings
+    links: dict[str, int | float] = field(default_factory=dict)
+    splits: tuple[str, ...] | None = None
+    limit: int | None = None
+    workers: int | None = None
+    scheduler: str | None = None
+
+
+def resolve(request: ExtractRequest) -> tuple[Dataset, list[Partition], CacheMetadata]:
+    """Dataset, partitions and metadata of a request; reads only `cache.json`, writes nothing.
+
+    Raises:
+        CacheError: whatever makes the request unusable.
+    """
+    dataset = open_dataset(request.settings.dataset, request.settings.root)
+    wanted = partitions(dataset, request.splits)[: request.limit]
+    existing = Paths(local_path(request.settings.cache)).metadata
+    try:
+        links = replace(read_document(existing, CacheMetadata).links, **request.links)  # type: ignore[arg-type]
+    except MissingDataError:
+        links = LinkSettings(**request.links)  # type: ignore[arg-type]
+    metadata = CacheMetadata(
+        dataset=dataset.name,
+        class_names=tuple(c.name for c in dataset.classes),
+        class_colors=tuple(c.color for c in dataset.classes),
+        links=links,
+    )
+    return dataset, wanted, metadata
+
+
+def extract(request: ExtractRequest, *, quiet: bool = False) -> RunTotals:
+    """Extract everything that is asked for and missing. Stopped at any moment, the same call goes on from there.
+
+    Raises:
+        CacheError: wrong use or unusable input, found before work starts.
+    """
+    _, wanted, metadata = resolve(request)
+    vfm = FrozenVFM(request.settings.vfm)
+    spec = request.settings.complete_spec(vfm.spec)
+    writer = CacheWriter.create(request.settings.cache, metadata)
+    leftovers = remove_leftovers(writer.paths.root)
+    if leftovers:
+        log.info("removed %d temporary files of an interrupted run", leftovers)
+    with ProgressDisplay(len(wanted), quiet=quiet) as display:
+        missing: list[Partition] = []
+        for partition in wanted:
+            geometry, features = committed(writer, spec, partition, request.settings.retry_incomplete)
+            if geometry is not None and features is not None:
+                display(reused_summary(geometry, features))
+            else:
+                missing.append(partition)
+        with contextlib.closing(_run(request, vfm, spec.key, missing)) as summaries:
+            for summary in summaries:
+                display(summary)
+                if summary.fatal:  # every further partition would fail alike; the next run continues here
+                    break
+    return display.totals
+
+
+def _run(
+    request: ExtractRequest, vfm: FrozenVFM, key: str, wanted: Sequence[Partition]
+) -> Generator[PartitionSummary, None, None]:
+    if not wanted or (request.workers == 0 and request.scheduler is None):
+        return run_here(PartitionWorker(request.settings, vfm), wanted)
+    import torch
+
+    workers = request.workers or max(1, torch.cuda.device_count() if vfm.device.type == "cuda" else 1)
+    return run_on_dask(request.settings, key, wanted, workers=workers, scheduler=request.scheduler)

@@ -1,0 +1,120 @@
+"""Tokens + links -> rows: from the patches of the views to one feature per visible point (layout `fused`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from ditr_cache.errors import UnknownNameError
+from ditr_cache.geometry import patch_index
+
+FUSE = ("mean", "last", "nearest")
+"""How a point's views are reduced: the mean, the last in time (DITR at validation), or the closest camera."""
+
+_ROWS_PER_STEP = 65536
+
+
+class TokenTable:
+    """Every token of a partition that at least one link sees, and which link sees which.
+
+    Rows are reserved from the links before the VFM runs, so memory is known beforehand: one row per linked token.
+
+    Args:
+        uv: [L, 2] uint16 link fractions of all views, one view after the other.
+        links_per_view: number of links of each view.
+        grid: (rows, columns) of tokens.
+        dim: width C of a token.
+        device: where the table lives.
+    """
+
+    def __init__(
+        self,
+        uv: NDArray[np.uint16],
+        links_per_view: Sequence[int],
+        grid: tuple[int, int],
+        dim: int,
+        device: torch.device,
+    ) -> None:
+        self.link_row = np.full(len(uv), -1, dtype=np.int64)
+        """[L] row of each link; -1 for links of views that were dropped."""
+        self._ends = np.cumsum([0, *links_per_view])
+        self._tokens: list[NDArray[np.int64]] = []
+        self._starts = [0]
+        for view in range(len(links_per_view)):
+            part = slice(int(self._ends[view]), int(self._ends[view + 1]))
+            tokens, inverse = np.unique(patch_index(uv[part], grid), return_inverse=True)
+            self.link_row[part] = self._starts[-1] + inverse
+            self._tokens.append(tokens)
+            self._starts.append(self._starts[-1] + len(tokens))
+        self.rows = torch.zeros((self._starts[-1], dim), dtype=torch.float32, device=device)
+        """[T, C] float32."""
+
+    def put(self, view: int, tokens: torch.Tensor) -> None:
+        """Fill in the tokens [rows, columns, C] of one view."""
+        wanted = torch.from_numpy(self._tokens[view]).to(tokens.device)
+        self.rows[self._starts[view] : self._starts[view + 1]] = tokens.flatten(0, 1)[wanted]
+
+    def drop(self, view: int) -> None:
+        """Forget the links of a view that could not be embedded."""
+        self.link_row[self._ends[view] : self._ends[view + 1]] = -1
+
+
+def fuse(
+    table: TokenTable,
+    link_point: NDArray[np.uint32],
+    link_depth: NDArray[np.float16],
+    num_points: int,
+    how: str,
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """One row per visible point, or fewer where points share one.
+
+    Args:
+        table: filled tokens.
+        link_point: [L] point of each link, views one after the other.
+        link_depth: [L] metres.
+        num_points: N.
+        how: one of `FUSE`.
+
+    Returns:
+        rows [T, C] float32 and index [N] int32, the row of each point, -1 where no link is left. Rows stand in the
+        order in which the points first use them, so neighbours in space are neighbours in the table.
+    """
+    if how not in FUSE:
+        raise UnknownNameError.of("fuse", how, FUSE)
+    alive = table.link_row >= 0
+    point, row = link_point[alive].astype(np.int64), table.link_row[alive]
+    index = np.full(num_points, -1, dtype=np.int64)
+    if how == "mean":
+        order = np.argsort(point, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(point, minlength=num_points))])
+        visible = np.flatnonzero(np.diff(starts))
+        index[visible] = np.arange(len(visible))
+        return _mean_rows(table.rows, row[order], starts[:-1][visible], starts[1:][visible]), index.astype(np.int32)
+    if how == "nearest":
+        far_to_near = np.argsort(-link_depth[alive].astype(np.float32), kind="stable")
+        point, row = point[far_to_near], row[far_to_near]
+    index[point] = row  # of links to the same point the last assignment stays
+    valid = index >= 0
+    used, first, inverse = np.unique(index[valid], return_index=True, return_inverse=True)
+    by_first_use = np.argsort(first, kind="stable")
+    rank = np.empty(len(used), dtype=np.int64)
+    rank[by_first_use] = np.arange(len(used))
+    index[valid] = rank[inverse]
+    return table.rows[torch.from_numpy(used[by_first_use])].cpu().numpy(), index.astype(np.int32)
+
+
+def _mean_rows(
+    tokens: torch.Tensor, row: NDArray[np.int64], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Mean over `tokens[row[starts[i]:ends[i]]]` for each i, in steps of bounded memory."""
+    result = np.empty((len(starts), tokens.shape[1]), dtype=np.float32)
+    for first in range(0, len(starts), _ROWS_PER_STEP):
+        last = min(first + _ROWS_PER_STEP, len(starts))
+        used = torch.from_numpy(row[starts[first] : ends[last - 1]]).to(tokens.device)
+        offsets = torch.from_numpy(starts[first:last] - starts[first]).to(tokens.device)
+        result[first:last] = F.embedding_bag(used, tokens, offsets, mode="mean").cpu().numpy()
+    return result

@@ -1,0 +1,110 @@
+"""Which point is seen by which view, and where: links. Knows no VFM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditr_cache.errors import DataError
+from ditr_cache.geometry import inside, project, to_camera, to_fraction, visible_by_depth, visible_by_zbuffer
+from ditr_cache.sample import Sample, View
+from ditr_cache.schema import LinkSettings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Links:
+    """Links of one view.
+
+    Args:
+        point: [L] uint32 index of the point, ascending.
+        uv: [L, 2] uint16 fractions of the image's width and height.
+        depth: [L] float16 metres along the camera's z.
+    """
+
+    point: NDArray[np.uint32]
+    uv: NDArray[np.uint16]
+    depth: NDArray[np.float16]
+
+
+def select_views(sample: Sample, settings: LinkSettings) -> list[View]:
+    """The views of a sample that are used, in time order.
+
+    First every n-th frame, then those without a pose (infinite, as ScanNet marks lost tracking) are dropped, then at
+    most `max_views` of the rest are taken, evenly spread from the first to the last.
+    """
+    stride = settings.every_nth_frame or sample.every_nth_frame
+    posed = [v for v in sample.views[::stride] if np.isfinite(v.camera_from_world).all()]
+    if settings.max_views is None or len(posed) <= settings.max_views:
+        return posed
+    chosen = np.linspace(0, len(posed) - 1, settings.max_views).round().astype(int)
+    return [posed[i] for i in chosen]
+
+
+def check_pose(view: View) -> None:
+    """Raise `DataError` where a pose is no rigid motion (a scaled, sheared or mirrored one moves every feature)."""
+    pose = view.camera_from_world
+    if pose.shape != (4, 4) or not np.allclose(pose[3], (0, 0, 0, 1), atol=1e-6):
+        raise DataError(f"pose of view {view.id!r}: expected a 4x4 matrix with last row 0 0 0 1, got {pose.tolist()}")
+    error = float(np.abs(pose[:3, :3] @ pose[:3, :3].T - np.eye(3)).max())
+    if error > 1e-2 or np.linalg.det(pose[:3, :3]) < 0:
+        raise DataError(
+            f"pose of view {view.id!r}: its rotation is not orthonormal (off by {error:.3g}, determinant "
+            f"{np.linalg.det(pose[:3, :3]):.3g}); expected a rigid motion in metres"
+        )
+
+
+def link_view(coord: NDArray[np.float32], view: View, settings: LinkSettings, *, spacing: float) -> Links:
+    """Links between points [N, 3] and one view.
+
+    A point is linked where it lies before the camera within the depth range and inside the image, and agrees with the
+    view's depth map within the tolerance (DITR: 0.2 m); without a depth map a z-buffer of the points decides.
+
+    Args:
+        coord: [N, 3] float32 world coordinates in metres.
+        view: its pose must be finite.
+        settings: depth range and tolerance.
+        spacing: typical distance of neighbouring points, for the z-buffer.
+
+    Raises:
+        DataError: the pose is not rigid, or the depth map cannot be read.
+    """
+    check_pose(view)
+    in_camera = to_camera(coord, view.camera_from_world)
+    z = in_camera[:, 2]
+    in_range = (z > 0) & (z >= settings.depth_min)
+    if settings.depth_max is not None:
+        in_range &= z <= settings.depth_max
+    point = np.flatnonzero(in_range)
+    u, v = project(in_camera[point], view.camera)
+    keep = inside(u, v, view.camera)
+    point, u, v = point[keep], u[keep], v[keep]
+    z = z[point]
+    if view.load_depth is not None and view.depth_camera is not None:
+        depth = view.load_depth()
+        camera = view.depth_camera
+        if depth.shape != (camera.height, camera.width):
+            raise DataError(
+                f"depth of view {view.id!r}: expected {camera.height}x{camera.width} pixels, "
+                f"got {depth.shape[0]}x{depth.shape[1]}"
+            )
+        du, dv = project(in_camera[point], camera)
+        visible = inside(du, dv, camera)
+        visible[visible] = visible_by_depth(du[visible], dv[visible], z[visible], depth, settings.occlusion_tolerance)
+    else:
+        visible = visible_by_zbuffer(u, v, z, view.camera, spacing=spacing, tolerance=settings.occlusion_tolerance)
+    uv = np.stack([to_fraction(u[visible], view.camera.width), to_fraction(v[visible], view.camera.height)], axis=1)
+    return Links(point=point[visible].astype(np.uint32), uv=uv, depth=z[visible].astype(np.float16))
+
+
+def concatenate(links: Sequence[Links]) -> Links:
+    """Links of several views, one after the other."""
+    empty = Links(point=np.zeros(0, np.uint32), uv=np.zeros((0, 2), np.uint16), depth=np.zeros(0, np.float16))
+    every = [empty, *links]
+    return Links(
+        point=np.concatenate([x.point for x in every]),
+        uv=np.concatenate([x.uv for x in every]),
+        depth=np.concatenate([x.depth for x in every]),
+    )

@@ -1,0 +1,315 @@
+"""One partition end to end: read -> link -> embed -> fuse -> encode -> commit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditr_cache.codecs import encode
+from ditr_cache.datasets.base import Partition, open_dataset
+from ditr_cache.errors import CacheError, DataError, StorageError, UsageError
+from ditr_cache.geometry import morton_order, point_spacing
+from ditr_cache.lift import TokenTable, fuse
+from ditr_cache.link import Links, concatenate, link_view, select_views
+from ditr_cache.progress import PartitionSummary
+from ditr_cache.sample import Points, Sample
+from ditr_cache.schema import (
+    BrokenView,
+    FeatureRecord,
+    GeometryRecord,
+    LinkSettings,
+    SampleInfo,
+    VFMSpec,
+    ViewInfo,
+)
+from ditr_cache.store import OPTIONAL_POINT_ARRAYS, CacheWriter
+from ditr_cache.vfm import FrozenVFM, VFMRequest
+
+log = logging.getLogger(__name__)
+
+STORED_DTYPES = {
+    "color": np.uint8,
+    "normal": np.float16,
+    "strength": np.float32,
+    "segment": np.int16,
+    "instance": np.int32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings:
+    """All that a worker needs to extract a partition by itself. Plain values only: it is sent to workers.
+
+    Args:
+        dataset, root: which dataset, and where.
+        cache: URL of the cache.
+        vfm: the model that was asked for.
+        fuse, codec: how features are reduced and stored.
+        retry_incomplete: redo partitions that were committed without some of their views.
+        batch_size: images per forward pass; None: 32 on a GPU, 4 on a CPU.
+    """
+
+    dataset: str
+    root: str
+    cache: str
+    vfm: VFMRequest
+    fuse: str = "mean"
+    codec: str = "float16"
+    retry_incomplete: bool = False
+    batch_size: int | None = None
+
+    def complete_spec(self, spec: VFMSpec) -> VFMSpec:
+        """The model's spec with what these settings add to the identity of the features."""
+        return replace(spec, fuse=self.fuse, codec=self.codec)
+
+
+class PartitionWorker:
+    """Extracts partitions one after the other. The VFM is loaded once, when the first features are needed.
+
+    Args:
+        settings: see there.
+        vfm: a model that is loaded already; None loads it from the settings.
+        expected_key: the VFM key of the run; a worker whose weights give another one refuses to work.
+    """
+
+    def __init__(
+        self, settings: ExtractSettings, vfm: FrozenVFM | None = None, expected_key: str | None = None
+    ) -> None:
+        self.settings = settings
+        self.dataset = open_dataset(settings.dataset, settings.root)
+        self.writer = CacheWriter(settings.cache)
+        self.vfm = vfm if vfm is not None else FrozenVFM(settings.vfm)
+        self.spec = settings.complete_spec(self.vfm.spec)
+        if expected_key is not None and self.spec.key != expected_key:
+            raise UsageError(
+                f"this worker's VFM is {self.spec.key!r}, expected {expected_key!r}: its weights or its version of "
+                "ditr differ from the client's"
+            )
+        self.batch_size = settings.batch_size or (32 if self.vfm.device.type == "cuda" else 4)
+
+    def __call__(self, partition: Partition) -> PartitionSummary:
+        """Extract one partition. Never raises for bad input: that is recorded in the summary."""
+        try:
+            return self._extract(partition)
+        except StorageError as error:
+            return _failed(partition, error, fatal=True)
+        except CacheError as error:
+            return _failed(partition, error)
+        except Exception as error:
+            log.exception("partition %s", partition.id)
+            return _failed(partition, error)
+
+    def _extract(self, partition: Partition) -> PartitionSummary:
+        geometry, features = committed(self.writer, self.spec, partition, self.settings.retry_incomplete)
+        if geometry is not None and features is not None:
+            return reused_summary(geometry, features)
+        # Broken views of reused geometry were reported by the run that made it.
+        reported: tuple[BrokenView, ...] = ()
+        written = 0
+        status = "reused"
+        if geometry is None:
+            geometry = make_geometry(self.dataset.read, partition, self.writer)
+            reported, written, status = geometry.broken_views, sum(geometry.files.values()), "computed"
+        features = self._make_features(geometry)
+        return PartitionSummary(
+            partition=partition.id,
+            status="done",
+            geometry=status,
+            images=features.images,
+            points=sum(s.points for s in geometry.samples),
+            valid_points=sum(features.valid_points),
+            bytes=written + sum(features.files.values()),
+            failures=(*reported, *features.broken_views),
+        )
+
+    def _make_features(self, geometry: GeometryRecord) -> FeatureRecord:
+        started = time.perf_counter()
+        links = self.writer.read_arrays(geometry, ("link_point", "link_uv", "link_depth"))
+        views = [(s, v) for s in geometry.samples for v in s.views]
+        table = TokenTable(
+            links["link_uv"], [v.links for _, v in views], self.spec.grid, self.spec.dim, self.vfm.device
+        )
+        broken: list[BrokenView] = []
+        images = 0
+        wanted = [i for i, (_, view) in enumerate(views) if view.links]
+        loaders = self._image_loaders(geometry)
+        batch: list[tuple[int, NDArray[np.uint8]]] = []
+        for position, result in _ahead(
+            [lambda i=i: self.vfm.prepare(loaders(views[i][0].id, views[i][1].id)()) for i in wanted],  # type: ignore[misc]
+            depth=2 * self.batch_size,
+        ):
+            i = wanted[position]
+            if isinstance(result, CacheError):
+                table.drop(i)
+                broken.append(BrokenView(sample=views[i][0].id, view=views[i][1].id, error=str(result)))
+            else:
+                batch.append((i, result))
+            if batch and (len(batch) == self.batch_size or position == len(wanted) - 1):
+                tokens = self.vfm.embed([image for _, image in batch])
+                for (j, _), grid in zip(batch, tokens, strict=True):
+                    table.put(j, grid)
+                images += len(batch)
+                batch.clear()
+        points = sum(s.points for s in geometry.samples)
+        rows, index = fuse(table, links["link_point"], links["link_depth"], points, self.settings.fuse)
+        return self.writer.commit_features(
+            self.spec,
+            geometry,
+            encode(rows, self.spec.codec),
+            index,
+            images=images,
+            broken_views=broken,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _image_loaders(self, geometry: GeometryRecord) -> Callable[[str, str], Callable[[], NDArray[np.uint8]]]:
+        """Look up a view's image by sample and view; a sample is opened once, its points are not read."""
+        opened: dict[str, dict[str, Callable[[], NDArray[np.uint8]]]] = {}
+        for info in geometry.samples:
+            if info.views:
+                opened[info.id] = {v.id: v.load_image for v in self.dataset.read(info.id).views}
+
+        def find(sample: str, view: str) -> Callable[[], NDArray[np.uint8]]:
+            if view not in opened[sample]:
+                raise DataError(f"view {view!r} of sample {sample!r} was linked, but the dataset no longer has it")
+            return opened[sample][view]
+
+        return find
+
+
+def committed(
+    writer: CacheWriter, spec: VFMSpec, partition: Partition, retry_incomplete: bool
+) -> tuple[GeometryRecord | None, FeatureRecord | None]:
+    """What of a partition is there already and stays: its geometry, and its features made from that geometry."""
+    geometry, features = writer.geometry(partition.id), writer.features(spec, partition.id)
+    if geometry is None or (features is not None and features.geometry_digest != geometry.digest):
+        features = None
+    if retry_incomplete and any(r is not None and r.broken_views for r in (geometry, features)):
+        return None, None
+    return geometry, features
+
+
+def reused_summary(geometry: GeometryRecord, features: FeatureRecord) -> PartitionSummary:
+    """Summary of a partition that was there already."""
+    return PartitionSummary(
+        partition=geometry.partition,
+        status="reused",
+        geometry="reused",
+        points=sum(s.points for s in geometry.samples),
+        valid_points=sum(features.valid_points),
+    )
+
+
+def make_geometry(read: Callable[[str], Sample], partition: Partition, writer: CacheWriter) -> GeometryRecord:
+    """Read, sort, link and commit the geometry of one partition.
+
+    A sample that cannot be read is left out where the partition has others.
+
+    Raises:
+        DataError: no sample of the partition can be read.
+    """
+    started = time.perf_counter()
+    infos: list[SampleInfo] = []
+    clouds: list[dict[str, NDArray[Any]]] = []
+    links: list[Links] = []
+    broken: list[BrokenView] = []
+    base = 0
+    for sample_id in partition.sample_ids:
+        try:
+            info, cloud, sample_links, sample_broken = _link_sample(read(sample_id), writer.metadata.links)
+        except DataError as error:
+            if len(partition.sample_ids) == 1:
+                raise
+            broken.append(BrokenView(sample=sample_id, view="", error=str(error)))
+            continue
+        infos.append(info)
+        clouds.append(cloud)
+        links.extend(replace(x, point=x.point + np.uint32(base)) for x in sample_links)
+        broken.extend(sample_broken)
+        base += info.points
+    if not infos:
+        raise DataError(f"partition {partition.id!r}: none of its {len(partition.sample_ids)} samples can be read")
+    every = concatenate(links)
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.concatenate([c[name] for c in clouds]) for name in clouds[0] if all(name in c for c in clouds)
+    }
+    arrays["offset"] = np.cumsum([i.points for i in infos], dtype=np.int64)
+    arrays |= {"link_point": every.point, "link_uv": every.uv, "link_depth": every.depth}
+    return writer.commit_geometry(
+        partition.id, infos, arrays, broken_views=broken, seconds=time.perf_counter() - started
+    )
+
+
+def _link_sample(
+    sample: Sample, settings: LinkSettings
+) -> tuple[SampleInfo, dict[str, NDArray[Any]], list[Links], list[BrokenView]]:
+    points: Points = sample.load_points()
+    if not len(points.coord):
+        raise DataError(f"sample {sample.id!r} has no points")
+    order = morton_order(points.coord)
+    cloud: dict[str, NDArray[Any]] = {
+        "coord": points.coord[order].astype(np.float32),
+        "source_index": order.astype(np.uint32),
+    }
+    for name in OPTIONAL_POINT_ARRAYS:
+        array = getattr(points, name)
+        if array is not None:
+            cloud[name] = array[order].astype(STORED_DTYPES[name])
+    spacing = point_spacing(cloud["coord"])
+    broken = [BrokenView(sample=sample.id, view=view, error=error) for view, error in sample.broken_views]
+    infos: list[ViewInfo] = []
+    links: list[Links] = []
+    seen = np.zeros(len(order), dtype=bool)
+    for view in select_views(sample, settings):
+        try:
+            found = link_view(cloud["coord"], view, settings, spacing=spacing)
+        except DataError as error:
+            broken.append(BrokenView(sample=sample.id, view=view.id, error=str(error)))
+            continue
+        infos.append(ViewInfo(id=view.id, links=len(found.point)))
+        links.append(found)
+        seen[found.point] = True
+    if not seen.any():
+        broken.append(
+            BrokenView(
+                sample=sample.id,
+                view="",
+                error=f"none of {len(order)} points is visible in any of its {len(infos)} usable views "
+                f"(of {len(sample.views)}); are poses, depth units and depth range right? kept with coverage 0",
+            )
+        )
+    info = SampleInfo(
+        id=sample.id, split=sample.split, points=len(order), linked_points=int(seen.sum()), views=tuple(infos)
+    )
+    return info, cloud, links, broken
+
+
+def _ahead(tasks: Sequence[Callable[[], Any]], depth: int) -> Iterator[tuple[int, Any]]:
+    """Run tasks in threads, at most `depth` ahead of the consumer; yields (position, result or CacheError) in order."""
+    pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+    try:
+        pending: deque[Future[Any]] = deque()
+        for position in range(len(tasks)):
+            while len(pending) < depth and position + len(pending) < len(tasks):
+                pending.append(pool.submit(tasks[position + len(pending)]))
+            try:
+                result = pending.popleft().result()
+            except CacheError as error:
+                result = error
+            yield position, result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _failed(partition: Partition, error: Exception, *, fatal: bool = False) -> PartitionSummary:
+    text = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {error}"
+    failures = tuple(BrokenView(sample=i, view="", error=text) for i in partition.sample_ids)
+    return PartitionSummary(partition=partition.id, status="failed", failures=failures, fatal=fatal)

@@ -1,0 +1,165 @@
+"""What a run will do, and its bytes and seconds, before anything is done (`extract --dry-run`)."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ditr_cache.datasets.base import Dataset, Partition
+from ditr_cache.errors import DataError
+from ditr_cache.extract import ExtractRequest, resolve
+from ditr_cache.link import select_views
+from ditr_cache.partition import PartitionWorker, committed, make_geometry
+from ditr_cache.progress import human_bytes, human_count
+from ditr_cache.schema import CacheMetadata, VFMSpec
+from ditr_cache.store import CacheWriter, Paths, local_path
+from ditr_cache.vfm import FrozenVFM
+
+PROBED_SAMPLES = 8
+"""Samples, evenly spread, whose views are counted."""
+
+PROBED_IMAGES = 8
+"""Images whose way from file to store is timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will do.
+
+    Args:
+        partitions: those that are missing, and will be made.
+        reused: those that are there already.
+        geometry: how many of the missing ones need their geometry made, too.
+        images, points: that will be embedded, and covered by the missing partitions.
+        bytes: that will be written.
+        seconds: on one worker like this machine.
+    """
+
+    partitions: int
+    reused: int
+    geometry: int
+    images: int
+    points: int
+    bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, float]:
+        """For `--json`."""
+        return {**asdict(self), "seconds": round(self.seconds, 1)}
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"{self.partitions} partitions to make ({self.reused} there already, geometry of {self.geometry} missing): "
+            f"{human_count(self.images)} images, {human_count(self.points)} points, {human_bytes(self.bytes)}, "
+            f"about {self.seconds / 60:.1f} minutes on one worker like this machine"
+        )
+
+
+def estimate(request: ExtractRequest) -> Estimate:
+    """Estimate a run from a short probe: one sample is linked and its size on disk taken, a few images are embedded.
+
+    The cache is not touched; the probe's own files go to a temporary folder that is removed.
+
+    Raises:
+        CacheError: whatever would make the run itself unusable.
+    """
+    dataset, wanted, metadata = resolve(request)
+    vfm = FrozenVFM(request.settings.vfm)
+    spec = request.settings.complete_spec(vfm.spec)
+    missing, without_geometry = _missing(request, metadata, wanted, spec)
+    if not missing:
+        return Estimate(partitions=0, reused=len(wanted), geometry=0, images=0, points=0, bytes=0, seconds=0.0)
+    images_per_partition = _mean_views(dataset, metadata, missing)
+    with tempfile.TemporaryDirectory(prefix="ditr-plan-") as folder:
+        probe = _probe(request, dataset, metadata, missing, vfm, Path(folder))
+    images = round(images_per_partition * len(missing))
+    seconds = probe.geometry_seconds * len(without_geometry) + probe.seconds_per_image * images
+    return Estimate(
+        partitions=len(missing),
+        reused=len(wanted) - len(missing),
+        geometry=len(without_geometry),
+        images=images,
+        points=round(probe.points * len(missing)),
+        bytes=round(probe.geometry_bytes * len(without_geometry) + probe.feature_bytes * len(missing)),
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probe:
+    """Figures of one partition."""
+
+    points: int
+    geometry_bytes: int
+    geometry_seconds: float
+    feature_bytes: float
+    seconds_per_image: float
+
+
+def _missing(
+    request: ExtractRequest, metadata: CacheMetadata, wanted: list[Partition], spec: VFMSpec
+) -> tuple[list[Partition], list[Partition]]:
+    """Partitions without features, and those among them without geometry."""
+    if not Paths(local_path(request.settings.cache)).metadata.exists():
+        return wanted, wanted
+    writer = CacheWriter(request.settings.cache)
+    writer.check(metadata)
+    missing, without_geometry = [], []
+    for partition in wanted:
+        geometry, features = committed(writer, spec, partition, request.settings.retry_incomplete)
+        if geometry is None:
+            without_geometry.append(partition)
+        if features is None:
+            missing.append(partition)
+    return missing, without_geometry
+
+
+def _mean_views(dataset: Dataset, metadata: CacheMetadata, missing: list[Partition]) -> float:
+    chosen = np.unique(np.linspace(0, len(missing) - 1, PROBED_SAMPLES).round().astype(int))
+    counts = []
+    for i in chosen:
+        try:
+            counts.append(sum(len(select_views(dataset.read(s), metadata.links)) for s in missing[i].sample_ids))
+        except DataError:
+            continue  # the run itself will record it; the estimate rests on the others
+    return float(np.mean(counts)) if counts else 0.0
+
+
+def _probe(
+    request: ExtractRequest,
+    dataset: Dataset,
+    metadata: CacheMetadata,
+    missing: list[Partition],
+    vfm: FrozenVFM,
+    folder: Path,
+) -> _Probe:
+    """Link the first readable partition; embed a few of its views in a second cache and time that."""
+    full = CacheWriter.create(folder / "full", metadata)
+    for partition in missing[:PROBED_SAMPLES]:
+        try:
+            geometry = make_geometry(dataset.read, partition, full)
+            break
+        except DataError as error:
+            failure = error
+    else:
+        raise failure
+    few = replace(metadata, links=replace(metadata.links, max_views=PROBED_IMAGES))
+    CacheWriter.create(folder / "few", few)
+    worker = PartitionWorker(replace(request.settings, cache=str(folder / "few")), vfm)
+    vfm.embed([np.zeros((*vfm.spec.image_size, 3), dtype=np.uint8)])  # the first pass is never a typical one
+    worker(partition)
+    features = worker.writer.features(worker.spec, partition.id)
+    images = features.images if features is not None else 0
+    rows = max(1, sum(features.valid_points)) if features is not None else 1
+    feature_bytes = sum(features.files.values()) if features is not None else 0
+    return _Probe(
+        points=sum(s.points for s in geometry.samples),
+        geometry_bytes=sum(geometry.files.values()),
+        geometry_seconds=geometry.seconds,
+        feature_bytes=feature_bytes / rows * sum(s.linked_points for s in geometry.samples),
+        seconds_per_image=features.seconds / images if features is not None and images else 0.0,
+    )

@@ -1,0 +1,190 @@
+"""What a run tells while it goes on: one event per partition, shown as a bar or as plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ditr_cache.schema import BrokenView
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between plain lines, where there is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionSummary:
+    """What became of one partition. Small: it travels from workers to the client.
+
+    Args:
+        partition: its id.
+        status: `done` (features made), `reused` (already there) or `failed`.
+        geometry: `computed`, `reused`, or `none` where the partition failed before it.
+        images: images embedded.
+        points, valid_points: of the partition; points with a feature.
+        bytes: written to the cache.
+        failures: views and samples left out (view is empty for a whole sample).
+        fatal: the storage failed; no further partition can be written.
+    """
+
+    partition: str
+    status: str
+    geometry: str = "none"
+    images: int = 0
+    points: int = 0
+    valid_points: int = 0
+    bytes: int = 0
+    failures: tuple[BrokenView, ...] = ()
+    fatal: bool = False
+
+
+@dataclass
+class RunTotals:
+    """Sums over the partitions of one run, and what `extract --json` prints."""
+
+    started: float = field(default_factory=time.perf_counter)
+    partitions: dict[str, int] = field(default_factory=lambda: {"done": 0, "reused": 0, "failed": 0})
+    geometry: dict[str, int] = field(default_factory=lambda: {"computed": 0, "reused": 0})
+    images: int = 0
+    points: int = 0
+    covered: int = 0
+    points_seen: int = 0
+    bytes: int = 0
+    failures: list[BrokenView] = field(default_factory=list)
+
+    def add(self, summary: PartitionSummary) -> None:
+        """Count one finished partition."""
+        self.partitions[summary.status] += 1
+        if summary.geometry in self.geometry:
+            self.geometry[summary.geometry] += 1
+        self.images += summary.images
+        self.bytes += summary.bytes
+        self.covered += summary.valid_points
+        self.points_seen += summary.points
+        if summary.status == "done":
+            self.points += summary.points
+        self.failures.extend(summary.failures)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run started."""
+        return time.perf_counter() - self.started
+
+    @property
+    def finished(self) -> int:
+        """Partitions that are through, however they ended."""
+        return sum(self.partitions.values())
+
+    @property
+    def coverage(self) -> float:
+        """Fraction of the points met, reused partitions included, that have a feature."""
+        return self.covered / self.points_seen if self.points_seen else 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        """The object that `--json` prints. Images, points and bytes are of this run, coverage is of all it met."""
+        return {
+            "partitions": dict(self.partitions),
+            "geometry": dict(self.geometry),
+            "images": self.images,
+            "points": self.points,
+            "coverage": round(self.coverage, 6),
+            "seconds": round(self.seconds, 3),
+            "bytes": self.bytes,
+            "failures": [{"sample": f.sample, "view": f.view or None, "error": f.error} for f in self.failures],
+        }
+
+    def line(self, total: int) -> str:
+        """One line that says where the run stands."""
+        seconds = max(self.seconds, 1e-9)
+        left = (total - self.finished) * seconds / self.finished if self.finished else 0.0
+        failed = f", {self.partitions['failed']} failed" if self.partitions["failed"] else ""
+        return (
+            f"{self.finished}/{total} partitions ({self.partitions['reused']} reused{failed})  "
+            f"{self.images / seconds:.1f} images/s  {human_count(self.points / seconds)} points/s  "
+            f"{human_bytes(self.bytes)}  ETA {left:.0f} s"
+        )
+
+
+def human_bytes(size: float) -> str:
+    """Bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def human_count(number: float) -> str:
+    """A count with a decimal suffix."""
+    for unit in ("", "k", "M"):
+        if abs(number) < 1000:
+            return f"{number:.0f}{unit}"
+        number /= 1000
+    return f"{number:.1f}G"
+
+
+class Listener(Protocol):
+    """Hears of every finished partition."""
+
+    def __call__(self, summary: PartitionSummary) -> None:
+        """One partition is through."""
+
+
+class ProgressDisplay:
+    """A listener that keeps the totals and shows them: a bar on a terminal, else plain lines on stderr."""
+
+    def __init__(self, total: int, *, quiet: bool = False) -> None:
+        self.totals = RunTotals()
+        self._total = total
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._last_line = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._quiet:
+            self._bar = Progress(
+                TextColumn("extract"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rates]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("extract", total=self._total, rates="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, summary: PartitionSummary) -> None:
+        """Count and show one finished partition."""
+        self.totals.add(summary)
+        if self._quiet:
+            return
+        totals = self.totals
+        for failure in summary.failures:
+            where = failure.sample + (f" view {failure.view}" if failure.view else "")
+            self._console.print(f"skipped {where}: {failure.error}", style="yellow", markup=False, highlight=False)
+        if self._bar is not None:
+            seconds = max(totals.seconds, 1e-9)
+            rates = (
+                f"{totals.images / seconds:.1f} images/s {human_count(totals.points / seconds)} points/s "
+                f"{human_bytes(totals.bytes)}"
+            )
+            self._bar.update(self._task, completed=totals.finished, rates=rates)
+        elif totals.finished == self._total or time.perf_counter() - self._last_line >= PLAIN_INTERVAL:
+            self._last_line = time.perf_counter()
+            sys.stderr.write(totals.line(self._total) + "\n")
+            sys.stderr.flush()

@@ -1,0 +1,668 @@
+"""The cache on disk: writer (temporary -> rename -> record) and reader. The only importer of zarr.
+
+A partition is a zarr group beside a commit record, a JSON file that is written last. Without a valid record a
+partition does not exist; the record names every file with its size and every array with its SHA-256, so that a file
+that is missing, cut or altered is found at open (sizes), at read (checksums of the codecs) or by `verify` (digests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from ditr_cache.cached import CachedSample, StoredFeatures, StoredSample
+from ditr_cache.codecs import EncodedRows, decode
+from ditr_cache.errors import (
+    CacheError,
+    CorruptCacheError,
+    MismatchError,
+    MissingDataError,
+    StorageError,
+    UnknownNameError,
+    UsageError,
+)
+from ditr_cache.schema import (
+    ArrayInfo,
+    BrokenView,
+    CacheMetadata,
+    Document,
+    FeatureRecord,
+    GeometryRecord,
+    SampleInfo,
+    VFMSpec,
+)
+
+log = logging.getLogger(__name__)
+
+D = TypeVar("D", bound=Document)
+R = TypeVar("R", GeometryRecord, FeatureRecord)
+
+CHUNK_BYTES = 1 << 19
+"""Target size of a chunk before compression: small enough for crops, large enough for the disk."""
+
+SHARD_BYTES = 1 << 28
+"""Largest shard before compression: one file per array for nearly every partition."""
+
+OPTIONAL_POINT_ARRAYS = ("color", "normal", "strength", "segment", "instance")
+LINK_ARRAYS = ("link_point", "link_uv", "link_depth")
+
+
+# --- arrays ---------------------------------------------------------------------------------------------------------
+
+
+def array_digest(array: NDArray[np.generic]) -> str:
+    """SHA-256 (hex) of an array's shape, dtype and content in C order."""
+    digest = hashlib.sha256(f"{array.dtype.str}{list(array.shape)}".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
+
+
+def _write_array(group: zarr.Group, name: str, array: NDArray[np.generic]) -> None:
+    row_bytes = max(1, array[:1].nbytes)
+    rows = max(1, min(len(array), 1 << max(0, (CHUNK_BYTES // row_bytes).bit_length() - 1)))
+    chunks = (rows, *array.shape[1:])
+    shard_rows = rows * max(1, min(-(-len(array) // rows), SHARD_BYTES // max(1, rows * row_bytes)))
+    # Integers of one column (indices, links) shrink many times under bitshuffle; rows of features only under zstd.
+    compressors: list[Any] = [ZstdCodec(level=1, checksum=True)]
+    if array.ndim == 1 and array.dtype.kind in "iu":
+        compressors = [BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()]
+    stored = group.create_array(
+        name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=chunks,
+        shards=(shard_rows, *array.shape[1:]) if len(array) else None,
+        compressors=compressors,
+        fill_value=0,
+    )
+    if array.size:
+        stored[...] = array
+
+
+def read_array(folder: Path, name: str, info: ArrayInfo, rows: slice = slice(None)) -> NDArray[Any]:
+    """Rows of one array of a group. Raises `CorruptCacheError` where it cannot be decoded or is not as recorded."""
+    where = folder / name
+    try:
+        stored = zarr.open_array(store=str(where), mode="r")
+        if tuple(stored.shape) != info.shape or stored.dtype != np.dtype(info.dtype):
+            raise CorruptCacheError(
+                f"{where}: expected {info.dtype}{list(info.shape)} as its record says, got "
+                f"{stored.dtype}{list(stored.shape)}; run `ditr-cache verify --repair`"
+            )
+        return np.asarray(stored[rows])
+    except CacheError:
+        raise
+    except Exception as error:  # zarr and its codecs raise many types for damaged bytes; all mean the same here
+        raise CorruptCacheError(
+            f"{where}: cannot be decoded ({type(error).__name__}: {error}); run `ditr-cache verify --repair`"
+        ) from error
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def local_path(url: str | os.PathLike[str]) -> Path:
+    """The folder that a cache URL names: a path or file://."""
+    text = os.fspath(url)
+    parts = urllib.parse.urlsplit(text)
+    if len(parts.scheme) > 1 and parts.scheme != "file":
+        raise UsageError(f"cache {text!r}: this version stores caches on a file system, got scheme {parts.scheme!r}")
+    return Path(urllib.parse.unquote(parts.path) if parts.scheme == "file" else text)
+
+
+def file_name(identifier: str) -> str:
+    """A file name for any id: readable, one per id, safe on every file system."""
+    name = urllib.parse.quote(identifier, safe=" +=@,").replace(".", "%2E", 1 if identifier.startswith(".") else 0)
+    if name == "vfm":  # vfm.json is the feature store's own document
+        return "%76fm"
+    if len(name) > 180:
+        name = f"{name[:150]}~{hashlib.sha256(identifier.encode()).hexdigest()[:16]}"
+    return name
+
+
+@contextlib.contextmanager
+def _storage_errors(where: Path, action: str) -> Iterator[None]:
+    try:
+        yield
+    except CacheError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = {
+            errno.ENOSPC: "free space or choose another --out; the same command then continues where it stopped",
+            errno.EDQUOT: "raise the quota or choose another --out; the same command then continues",
+            errno.EACCES: "make it writable or choose another --out",
+            errno.EROFS: "choose another --out on a writable file system",
+        }.get(error.errno or 0, "the same command continues where it stopped once this is mended")
+        raise StorageError(f"cannot {action} {str(where)!r}: {reason}; {remedy}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Replace a file atomically and durably."""
+    with _storage_errors(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o666 & ~_umask())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_arrays(folder: Path, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, int]:
+    """Write a group of arrays as `folder`, atomically and durably; returns its files with their sizes."""
+    with _storage_errors(folder, "write"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), suffix=".tmp", dir=folder.parent))
+        try:
+            group = zarr.open_group(store=str(temporary), mode="w", zarr_format=3)
+            for name, array in arrays.items():
+                _write_array(group, name, array)
+            paths = sorted(p for p in temporary.rglob("*") if p.is_file())
+            files = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in paths}
+            for path in [*paths, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+                _sync(path)
+            temporary.chmod(0o777 & ~_umask())
+            remove_folder(folder)
+            temporary.rename(folder)
+            _sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return files
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no reader ever sees half of it."""
+    with _storage_errors(folder, "remove"):
+        if folder.exists():
+            trash = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), suffix=".tmp", dir=folder.parent))
+            folder.rename(trash / "old")
+            shutil.rmtree(trash)
+
+
+def _temporary_prefix() -> str:
+    """Names who writes a temporary file, so that another run can tell a leftover from work in progress."""
+    return f".{socket.gethostname()}+{os.getpid()}+"
+
+
+def remove_leftovers(root: Path) -> int:
+    """Remove temporary files of killed runs from a cache; returns how many there were.
+
+    A leftover is a temporary file of a process of this host that is gone, or one older than a day.
+    """
+    removed = 0
+    for folder in (root, root / "geometry", *(root / "features").glob("*")):
+        for path in folder.glob(".*.tmp"):
+            host, pid, *_ = [*path.name[1:].split("+"), "", ""]
+            with contextlib.suppress(FileNotFoundError):  # its own writer renamed it meanwhile
+                dead = host == socket.gethostname() and pid.isdigit() and not _alive(int(pid))
+                if not dead and time.time() - path.stat().st_mtime < 86400:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+                removed += 1
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _info(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, ArrayInfo]:
+    return {k: ArrayInfo(shape=a.shape, dtype=a.dtype.str, sha256=array_digest(a)) for k, a in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things lie below a cache's root."""
+
+    root: Path
+
+    @property
+    def metadata(self) -> Path:
+        """`cache.json`."""
+        return self.root / "cache.json"
+
+    @property
+    def geometry(self) -> Path:
+        """Folder of the geometry partitions."""
+        return self.root / "geometry"
+
+    def features(self, key: str) -> Path:
+        """Folder of one VFM's feature partitions."""
+        return self.root / "features" / file_name(key)
+
+    def arrays(self, folder: Path, partition: str) -> Path:
+        """The zarr group of a partition in `folder`."""
+        return folder / f"{file_name(partition)}.zarr"
+
+    def record(self, folder: Path, partition: str) -> Path:
+        """The commit record of a partition in `folder`."""
+        return folder / f"{file_name(partition)}.json"
+
+
+def read_document(path: Path, cls: type[D]) -> D:
+    """A JSON document of the cache. Raises `MissingDataError`, `CorruptCacheError` or `FormatVersionError`."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError as error:
+        raise MissingDataError(f"{str(path)!r} does not exist") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    return cls.from_json(text, str(path))
+
+
+def check_files(folder: Path, files: Mapping[str, int]) -> None:
+    """Raise `CorruptCacheError` where a file that a record names is missing or of another size."""
+    for name, size in files.items():
+        path = folder / name
+        try:
+            got = path.stat().st_size
+        except OSError as error:
+            raise CorruptCacheError(f"{path}: committed but missing; run `ditr-cache verify --repair`") from error
+        if got != size:
+            raise CorruptCacheError(
+                f"{path}: expected {size} bytes as committed, got {got}; run `ditr-cache verify --repair`"
+            )
+
+
+# --- writer ---------------------------------------------------------------------------------------------------------
+
+
+class CacheWriter:
+    """Commits partitions to a cache. Many processes may hold one writer each, on different partitions."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.paths = Paths(local_path(url))
+        self.metadata = read_document(self.paths.metadata, CacheMetadata)
+
+    @classmethod
+    def create(cls, url: str | os.PathLike[str], metadata: CacheMetadata) -> Self:
+        """Writer of a new cache, or of one that exists with the same metadata.
+
+        Raises:
+            MismatchError: the cache exists with other metadata; names each part that differs.
+            StorageError: the folder cannot be written.
+        """
+        paths = Paths(local_path(url))
+        if paths.metadata.exists():
+            cls(url).check(metadata)
+        elif paths.root.is_dir() and any(p for p in paths.root.iterdir() if not p.name.startswith(".")):
+            raise UsageError(f"{str(paths.root)!r} is not empty and not a cache; pass an empty folder as --out")
+        else:
+            _write_text(paths.metadata, metadata.to_json())
+        writer = cls(url)
+        with _storage_errors(paths.root, "write to"), tempfile.TemporaryFile(dir=paths.root) as probe:
+            probe.write(b"\0")
+        return writer
+
+    def check(self, metadata: CacheMetadata) -> None:
+        """Raise `MismatchError` where the cache was made with other metadata; names each part that differs."""
+        have, want = asdict(self.metadata), asdict(metadata)
+        pairs = [(k, have[k], want[k]) for k in want if k != "links"]
+        pairs += [(f"links.{k}", have["links"][k], want["links"][k]) for k in want["links"]]
+        differing = [f"{name}: the cache has {old!r}, asked for {new!r}" for name, old, new in pairs if old != new]
+        if differing:
+            raise MismatchError(
+                f"cache {str(self.paths.root)!r} was made with other settings (use another --out): "
+                + "; ".join(differing)
+            )
+
+    def geometry(self, partition: str) -> GeometryRecord | None:
+        """The record of a committed geometry partition, None where there is none that is valid."""
+        return self._committed(self.paths.geometry, partition, GeometryRecord)
+
+    def features(self, spec: VFMSpec, partition: str) -> FeatureRecord | None:
+        """The record of a committed feature partition, None where there is none that is valid."""
+        return self._committed(self.paths.features(spec.key), partition, FeatureRecord)
+
+    def _committed(self, folder: Path, partition: str, cls: type[R]) -> R | None:
+        try:
+            record = read_document(self.paths.record(folder, partition), cls)
+            check_files(self.paths.arrays(folder, partition), record.files)
+        except MissingDataError:
+            return None
+        except CorruptCacheError as error:
+            log.warning("%s: will be made again", error)
+            return None
+        return record
+
+    def read_arrays(self, record: GeometryRecord, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Arrays of a committed geometry partition."""
+        folder = self.paths.arrays(self.paths.geometry, record.partition)
+        return {name: read_array(folder, name, record.arrays[name]) for name in names}
+
+    def commit_geometry(
+        self,
+        partition: str,
+        samples: Sequence[SampleInfo],
+        arrays: Mapping[str, NDArray[np.generic]],
+        *,
+        broken_views: Sequence[BrokenView] = (),
+        seconds: float = 0.0,
+    ) -> GeometryRecord:
+        """Write and commit one geometry partition.
+
+        Args:
+            partition: its id.
+            samples: in the order of the arrays.
+            arrays: `coord` [N, 3] float32, `source_index` [N] uint32, `offset` [S] int64 (cumulative), the optional
+                point arrays, and `link_point` [L] uint32, `link_uv` [L, 2] uint16, `link_depth` [L] float16, the
+                links of all views one after the other.
+            broken_views: views left out.
+            seconds: how long it took.
+        """
+        folder = self.paths.geometry
+        self._discard(folder, partition)
+        record = GeometryRecord(
+            partition=partition,
+            samples=tuple(samples),
+            arrays=_info(arrays),
+            files=_write_arrays(self.paths.arrays(folder, partition), arrays),
+            broken_views=tuple(broken_views),
+            seconds=seconds,
+        )
+        _write_text(self.paths.record(folder, partition), record.to_json())
+        return record
+
+    def commit_features(
+        self,
+        spec: VFMSpec,
+        geometry: GeometryRecord,
+        rows: EncodedRows,
+        index: NDArray[np.int32],
+        *,
+        images: int,
+        broken_views: Sequence[BrokenView] = (),
+        seconds: float = 0.0,
+    ) -> FeatureRecord:
+        """Write and commit one feature partition made from `geometry`; `index` [N] int32 is the row of each point."""
+        folder = self.paths.features(spec.key)
+        vfm_file = folder / "vfm.json"
+        if not vfm_file.exists():
+            _write_text(vfm_file, spec.to_json())
+        self._discard(folder, geometry.partition)
+        arrays: dict[str, NDArray[Any]] = {"table": rows.table, "index": index}
+        if rows.scale is not None:
+            arrays["scale"] = rows.scale
+        ends = np.cumsum([s.points for s in geometry.samples])
+        record = FeatureRecord(
+            partition=geometry.partition,
+            vfm_digest=spec.digest,
+            geometry_digest=geometry.digest,
+            arrays=_info(arrays),
+            files=_write_arrays(self.paths.arrays(folder, geometry.partition), arrays),
+            rows=len(rows.table),
+            valid_points=tuple(int((part >= 0).sum()) for part in np.split(index, ends[:-1])),
+            images=images,
+            broken_views=tuple(broken_views),
+            seconds=seconds,
+        )
+        _write_text(self.paths.record(folder, geometry.partition), record.to_json())
+        return record
+
+    def _discard(self, folder: Path, partition: str) -> None:
+        """Take a commit back before its arrays are replaced: at no moment does a record describe other arrays."""
+        record = self.paths.record(folder, partition)
+        with _storage_errors(record, "remove"):
+            if record.exists():
+                record.unlink()
+                _sync(record.parent)
+
+
+# --- reader ---------------------------------------------------------------------------------------------------------
+
+
+def open_cache(url: str | os.PathLike[str]) -> CacheReader:
+    """Open a cache for reading.
+
+    Raises:
+        MissingDataError: no cache there.
+        FormatVersionError: written by a newer version.
+        CorruptCacheError: `cache.json` was altered.
+    """
+    return CacheReader(url)
+
+
+class CacheReader:
+    """Reads samples of a cache. Picklable, holds no open files, safe to use from many processes."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.paths = Paths(local_path(url))
+        if not self.paths.metadata.exists():
+            raise MissingDataError(f"{str(self.paths.root)!r} is not a cache: it has no cache.json")
+        self.metadata = read_document(self.paths.metadata, CacheMetadata)
+        self.geometry: dict[str, GeometryRecord] = {}
+        """Record of every committed geometry partition."""
+        self._where: dict[str, tuple[str, int]] = {}
+        for path in sorted(self.paths.geometry.glob("*.json")):
+            try:
+                record = read_document(path, GeometryRecord)
+            except CorruptCacheError as error:
+                log.warning("skipped: %s", error)
+                continue
+            self.geometry[record.partition] = record
+            self._where.update({s.id: (record.partition, i) for i, s in enumerate(record.samples)})
+        self.vfms: dict[str, VFMSpec] = {}
+        """Every VFM of the cache by its key."""
+        for path in sorted((self.paths.root / "features").glob("*/vfm.json")):
+            try:
+                spec = read_document(path, VFMSpec)
+            except CorruptCacheError as error:
+                log.warning("skipped: %s", error)
+                continue
+            if file_name(spec.key) != path.parent.name:
+                raise MismatchError(
+                    f"{path}: the folder is named {path.parent.name!r} but describes {spec.key!r}; "
+                    "it was renamed or altered, restore its name or remove it"
+                )
+            self.vfms[spec.key] = spec
+        self._features: dict[tuple[str, str], FeatureRecord] = {}
+
+    @property
+    def samples(self) -> list[str]:
+        """Ids of all committed samples, sorted."""
+        return sorted(self._where)
+
+    @property
+    def splits(self) -> list[str]:
+        """Splits of the committed samples, sorted."""
+        return sorted({s.split for record in self.geometry.values() for s in record.samples})
+
+    def split_ids(self, split: str) -> list[str]:
+        """Ids of the committed samples of one split. Raises `UnknownNameError` where it has none."""
+        if split not in self.splits:
+            raise UnknownNameError.of(f"split of cache {str(self.paths.root)!r}", split, self.splits)
+        return [i for i in self.samples if self.sample_info(i).split == split]
+
+    def sample_info(self, sample_id: str) -> SampleInfo:
+        """What the record says of a sample. Raises `UnknownNameError`."""
+        partition, position = self._locate(sample_id)
+        return self.geometry[partition].samples[position]
+
+    def resolve_vfm(self, vfm: str | None = None) -> VFMSpec:
+        """The VFM of that key, or the only one of that name; for None the only one of the cache.
+
+        Raises:
+            UnknownNameError: none of that key or name.
+            UsageError: several, or none at all.
+        """
+        if vfm in self.vfms:
+            return self.vfms[vfm]
+        found = [s for s in self.vfms.values() if vfm is None or s.name == vfm]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UsageError(
+                f"cache {str(self.paths.root)!r} has several VFMs"
+                + (f" named {vfm!r}" if vfm else "")
+                + f", name one by its key: {', '.join(s.key for s in found)}"
+            )
+        if vfm is None:
+            raise UsageError(
+                f"cache {str(self.paths.root)!r} holds no features yet; run `ditr-cache extract` with --vfm"
+            )
+        names = {*self.vfms, *(s.name for s in self.vfms.values())}
+        raise UnknownNameError.of(
+            f"VFM of cache {str(self.paths.root)!r}", vfm, names, "`ditr-cache extract --vfm` adds one."
+        )
+
+    def samples_with(self, vfm: str | None = None) -> list[str]:
+        """Ids of the samples that have features of a VFM, sorted. Raises as `feature_record` and `resolve_vfm`."""
+        spec = self.resolve_vfm(vfm)
+        with_features = {p for p in self.geometry if self.feature_record(spec, p) is not None}
+        return [i for i in self.samples if self._where[i][0] in with_features]
+
+    def feature_record(self, spec: VFMSpec, partition: str) -> FeatureRecord | None:
+        """The commit record of a feature partition, None where it is not committed.
+
+        Raises:
+            MismatchError: the features were made from another geometry, or by another VFM.
+            CorruptCacheError: the record was altered.
+        """
+        if (spec.key, partition) not in self._features:
+            path = self.paths.record(self.paths.features(spec.key), partition)
+            try:
+                record = read_document(path, FeatureRecord)
+            except MissingDataError:
+                return None
+            for what, have, want in (
+                ("VFM", record.vfm_digest, spec.digest),
+                ("geometry (points, their order, or links)", record.geometry_digest, self.geometry[partition].digest),
+            ):
+                if have != want:
+                    raise MismatchError(
+                        f"{path}: features of another {what}: expected digest {want[:16]}, got {have[:16]}; "
+                        "run `ditr-cache extract` again to rebuild them"
+                    )
+            self._features[spec.key, partition] = record
+        return self._features[spec.key, partition]
+
+    def read_stored(self, sample_id: str, vfm: str | None) -> StoredSample:
+        """One sample with its feature rows as stored; no features where `vfm` is None.
+
+        Raises:
+            UnknownNameError: no such sample or VFM.
+            MissingDataError: the sample has no features of this VFM.
+            CorruptCacheError: a file is missing, cut or damaged.
+            MismatchError: features of another geometry.
+        """
+        spec = None if vfm is None else self.resolve_vfm(vfm)
+        partition, position = self._locate(sample_id)
+        record = self.geometry[partition]
+        folder = self.paths.arrays(self.paths.geometry, partition)
+        check_files(folder, record.files)
+        rows = self._rows(partition, position)
+        points: dict[str, Any] = {
+            name: read_array(folder, name, record.arrays[name], rows) if name in record.arrays else None
+            for name in ("coord", "source_index", *OPTIONAL_POINT_ARRAYS)
+        }
+        if points["normal"] is not None:
+            points["normal"] = points["normal"].astype(np.float32)
+        points["source_index"] = points["source_index"].astype(np.int64)
+        features = None if spec is None else self._read_features(sample_id, spec, partition, rows)
+        return StoredSample(id=sample_id, split=record.samples[position].split, features=features, **points)
+
+    def read(self, sample_id: str, vfm: str | None = None) -> CachedSample:
+        """One sample, decoded. `vfm` is a key or a name; None takes the only VFM, or no features where there are none.
+
+        Raises as `read_stored`.
+        """
+        stored = self.read_stored(sample_id, self.resolve_vfm(vfm).key if vfm is not None or self.vfms else None)
+        feature: NDArray[np.float32] | None = None
+        valid = np.zeros(len(stored.coord), dtype=bool)
+        if stored.features is not None:
+            valid = stored.features.index >= 0
+            feature = np.zeros((len(valid), stored.features.table.shape[1]), dtype=np.float32)
+            rows = stored.features.index[valid]
+            scale = stored.features.scale
+            feature[valid] = decode(stored.features.table[rows], None if scale is None else scale[rows])
+        partition, position = self._locate(sample_id)
+        link_point = read_array(
+            self.paths.arrays(self.paths.geometry, partition),
+            "link_point",
+            self.geometry[partition].arrays["link_point"],
+        )
+        counts = np.bincount(link_point, minlength=sum(s.points for s in self.geometry[partition].samples))
+        return CachedSample(
+            **{k: v for k, v in vars(stored).items() if k != "features"},
+            link_count=counts[self._rows(partition, position)].astype(np.int32),
+            feature=feature,
+            valid=valid,
+        )
+
+    def _read_features(self, sample_id: str, spec: VFMSpec, partition: str, rows: slice) -> StoredFeatures:
+        record = self.feature_record(spec, partition)
+        if record is None:
+            raise MissingDataError(
+                f"sample {sample_id!r} has no features of {spec.key!r}; run `ditr-cache extract --vfm {spec.name}`"
+            )
+        folder = self.paths.arrays(self.paths.features(spec.key), partition)
+        check_files(folder, record.files)
+        index = read_array(folder, "index", record.arrays["index"], rows)
+        used = slice(None)
+        if len(self.geometry[partition].samples) > 1:  # a sample's rows stand together: read only these
+            present = index[index >= 0]
+            used = slice(int(present.min()), int(present.max()) + 1) if len(present) else slice(0, 0)
+            index = np.where(index >= 0, index - used.start, -1).astype(np.int32)
+        return StoredFeatures(
+            table=read_array(folder, "table", record.arrays["table"], used),
+            scale=read_array(folder, "scale", record.arrays["scale"], used) if "scale" in record.arrays else None,
+            index=index,
+            spec=spec,
+        )
+
+    def _locate(self, sample_id: str) -> tuple[str, int]:
+        if sample_id not in self._where:
+            raise UnknownNameError.of(f"sample of cache {str(self.paths.root)!r}", sample_id, self._where)
+        return self._where[sample_id]
+
+    def _rows(self, partition: str, position: int) -> slice:
+        ends = np.cumsum([0, *(s.points for s in self.geometry[partition].samples)])
+        return slice(int(ends[position]), int(ends[position + 1]))

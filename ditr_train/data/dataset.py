@@ -1,0 +1,246 @@
+"""Samples of a cache as the network sees them: augmented, voxelized, with the feature rows that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditr_cache.cached import StoredSample
+from ditr_cache.errors import DataError, MismatchError, MissingDataError, UnknownNameError, UsageError
+from ditr_cache.schema import VFMSpec
+from ditr_cache.store import CacheReader
+from ditr_train.data.sample import PointSample
+from ditr_train.data.transforms import SphereCrop, Transform, apply, center
+from ditr_train.data.voxelize import voxelize
+
+CHANNELS = {"coord": 3, "color": 3, "normal": 3, "strength": 1}
+"""What the network input can be made of -> number of channels."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VoxelSample:
+    """One voxelized sample of V voxels, still numpy.
+
+    Args:
+        name: id of the sample.
+        coord: [V, 3] float32 metres.
+        grid_coord: [V, 3] int32, unique, >= 0.
+        feat: [V, C_in] float32 network input.
+        segment: [V] int64, -1 where ignored; None where the cache has no labels.
+        table: [T, C] int8 or float16, only rows that a voxel uses; None where no VFM is read.
+        scale: [T] float32 of int8 rows.
+        row: [V] int64 row of `table` of each voxel, -1 where it has no feature.
+        inverse: [M] int64, evaluation only: each point's voxel.
+        full_segment: [M] int64, evaluation only: the labels of all points.
+        source_index: [M] int64, evaluation only: each point's position in the dataset's own order.
+    """
+
+    name: str
+    coord: NDArray[np.float32]
+    grid_coord: NDArray[np.int32]
+    feat: NDArray[np.float32]
+    segment: NDArray[np.int64] | None
+    table: NDArray[np.generic] | None = None
+    scale: NDArray[np.float32] | None = None
+    row: NDArray[np.int64] | None = None
+    inverse: NDArray[np.int64] | None = None
+    full_segment: NDArray[np.int64] | None = None
+    source_index: NDArray[np.int64] | None = None
+
+
+class CachedDataset:
+    """The samples of one split of a cache. Picklable; holds no open files and no sample.
+
+    Everything that can be known before the first sample is read is checked here.
+
+    Args:
+        cache: an open cache.
+        split: one of its splits.
+        grid_size: edge of a voxel in metres.
+        feat: names of the input channels, in order: `coord`, `color`, `normal`, `strength`.
+        vfm: name or key of the VFM whose rows are read; None reads none.
+        transforms: augmentation of training samples, before they are voxelized.
+        point_max: training samples are cropped to at most this many voxels around a random one; None: never.
+        class_names: the classes that the caller expects; None takes the cache's.
+        labelled: refuse a split without labels (training and evaluation need them, prediction does not).
+
+    Raises:
+        UnknownNameError: no such split, VFM or channel.
+        UsageError: an empty channel list.
+        DataError: the cache has no classes.
+        MissingDataError: a channel, the labels or features are missing for some samples of the split.
+        MismatchError: the cache's classes are not `class_names`, or features belong to another geometry.
+    """
+
+    def __init__(
+        self,
+        cache: CacheReader,
+        split: str,
+        *,
+        grid_size: float,
+        feat: Sequence[str],
+        vfm: str | None = None,
+        transforms: Sequence[Transform] = (),
+        point_max: int | None = None,
+        class_names: Sequence[str] | None = None,
+        labelled: bool = True,
+    ) -> None:
+        self.cache = cache
+        self.split = split
+        self.grid_size = grid_size
+        self.feat = tuple(feat)
+        self.transforms = tuple(transforms)
+        self.crop = None if point_max is None else SphereCrop(point_max=point_max)
+        self.ids: list[str] = cache.split_ids(split)
+        """Ids of the samples, sorted."""
+        self.vfm: VFMSpec | None = None if vfm is None else cache.resolve_vfm(vfm)
+        self.class_names = cache.metadata.class_names
+        self._check_classes(class_names)
+        self._check_arrays(labelled)
+        self._check_features()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def in_channels(self) -> int:
+        """Width of the network input."""
+        return sum(CHANNELS[name] for name in self.feat)
+
+    def train_sample(self, index: int, rng: np.random.Generator) -> VoxelSample:
+        """Sample `index`, augmented by draws from `rng`, one random point per voxel, cropped.
+
+        Raises:
+            CorruptCacheError: the cache is damaged.
+            DataError: nothing is left to train on.
+        """
+        stored, points = self._read(index)
+        points = apply(self.transforms, center(points, apply_z=True), rng)
+        voxels = voxelize(points.coord, self.grid_size, rng)
+        points, grid_coord = points.take(voxels.pick), voxels.grid_coord
+        keep = None if self.crop is None else self.crop.keep(points.coord, rng)
+        if keep is not None:
+            points, grid_coord = points.take(keep), grid_coord[keep]
+            grid_coord -= grid_coord.min(axis=0)
+        return self._sample(stored, points, grid_coord)
+
+    def eval_sample(self, index: int) -> VoxelSample:
+        """Sample `index` as it is, with `inverse` to all of its points. Raises as `train_sample`."""
+        stored, points = self._read(index)
+        points = center(points, apply_z=True)
+        voxels = voxelize(points.coord, self.grid_size)
+        return replace(
+            self._sample(stored, points.take(voxels.pick), voxels.grid_coord),
+            inverse=voxels.inverse,
+            full_segment=points.segment,
+            source_index=stored.source_index,
+        )
+
+    def _read(self, index: int) -> tuple[StoredSample, PointSample]:
+        stored = self.cache.read_stored(self.ids[index], None if self.vfm is None else self.vfm.key)
+        if len(stored.coord) == 0:
+            raise DataError(f"sample {stored.id!r} of cache {str(self.cache.paths.root)!r}: no points")
+        segment = None
+        if stored.segment is not None:
+            segment = stored.segment.astype(np.int64)
+            segment[segment == self.cache.metadata.ignore_index] = -1
+        return stored, PointSample(
+            name=stored.id,
+            coord=stored.coord,
+            color=None if stored.color is None or "color" not in self.feat else stored.color.astype(np.float32),
+            normal=stored.normal if "normal" in self.feat else None,
+            strength=stored.strength if "strength" in self.feat else None,
+            segment=segment,
+            row=None if stored.features is None else stored.features.index.astype(np.int64),
+        )
+
+    def _sample(self, stored: StoredSample, points: PointSample, grid_coord: NDArray[np.int32]) -> VoxelSample:
+        points = center(points, apply_z=False)
+        channels: list[NDArray[np.float32]] = []
+        for name in self.feat:
+            values = getattr(points, name)
+            channels.append(values / np.float32(255) if name == "color" else values.reshape(len(points), -1))
+        sample = VoxelSample(
+            name=points.name,
+            coord=points.coord,
+            grid_coord=grid_coord,
+            feat=np.concatenate(channels, axis=1, dtype=np.float32),
+            segment=points.segment,
+        )
+        if stored.features is None or points.row is None:
+            return sample
+        rows, row = used_rows(points.row, len(stored.features.table))
+        scale = stored.features.scale
+        return replace(sample, table=stored.features.table[rows], scale=None if scale is None else scale[rows], row=row)
+
+    def _check_classes(self, expected: Sequence[str] | None) -> None:
+        have, root = list(self.class_names), str(self.cache.paths.root)
+        if not have:
+            raise DataError(
+                f"cache {root!r} of dataset {self.cache.metadata.dataset!r} has no classes, so nothing can be trained "
+                "on it; extract a dataset with labels"
+            )
+        if expected is None or list(expected) == have:
+            return
+        if len(expected) != len(have):
+            part = f"expected {len(expected)} classes, the cache has {len(have)}"
+        else:
+            i = next(i for i, (a, b) in enumerate(zip(expected, have, strict=True)) if a != b)
+            part = f"class {i} is expected to be {expected[i]!r}, the cache says {have[i]!r}"
+        raise MismatchError(f"cache {root!r}: the classes differ: {part}; use the cache that belongs to the recipe")
+
+    def _check_arrays(self, labelled: bool) -> None:
+        if not self.feat:
+            raise UsageError(f"data.feat: expected at least one of {', '.join(CHANNELS)}, got none")
+        for name in self.feat:
+            if name not in CHANNELS:
+                raise UnknownNameError.of("input channel (data.feat)", name, CHANNELS)
+        wanted = [n for n in self.feat if n != "coord"] + ["segment"] * labelled
+        chosen, root = set(self.ids), str(self.cache.paths.root)
+        lacking: dict[str, list[str]] = {}
+        for record in self.cache.geometry.values():
+            for name in wanted:
+                if name not in record.arrays:
+                    lacking.setdefault(name, []).extend(s.id for s in record.samples if s.id in chosen)
+        for name, ids in lacking.items():
+            if ids:
+                remedy = "choose a split with labels" if name == "segment" else "remove it from data.feat"
+                raise MissingDataError(
+                    f"cache {root!r}, split {self.split!r}: {len(ids)} of {len(self)} samples have no {name!r} "
+                    f"({_some(ids)}); {remedy}, or extract a dataset that has it"
+                )
+
+    def _check_features(self) -> None:
+        if self.vfm is None:
+            return
+        present = set(self.cache.samples_with(self.vfm.key))
+        missing = [i for i in self.ids if i not in present]
+        if missing:
+            raise MissingDataError(
+                f"cache {str(self.cache.paths.root)!r}, split {self.split!r}: {len(missing)} of {len(self)} samples "
+                f"have no features of {self.vfm.key!r} ({_some(missing)}); run `ditr-cache extract --vfm "
+                f"{self.vfm.name} --split {self.split} ...` on this cache to make them"
+            )
+
+
+def used_rows(row: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of a table of `count` rows that points use, so that the others need not travel.
+
+    Args:
+        row: [N] row of each point, -1 where none.
+
+    Returns:
+        The used rows, ascending [T], and [N] the position of each point's row among them (-1 stays).
+    """
+    used = np.zeros(count, dtype=bool)
+    used[row[row >= 0]] = True
+    # The last entry is what position -1 reads.
+    position = np.append(np.cumsum(used) - 1, -1)
+    return np.flatnonzero(used), position[row]
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")

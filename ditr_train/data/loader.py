@@ -1,0 +1,279 @@
+"""Batches: which samples make up which step, how they are joined, and the worker processes that make them.
+
+Every draw is a function of (seed, epoch, position in the epoch). What a step sees therefore depends neither on the
+number of workers, nor on the number of ranks or accumulation steps, nor on where a run was interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from ditr_cache.errors import CacheError, StorageError, UsageError
+from ditr_train.data.dataset import CachedDataset, VoxelSample
+from ditr_train.data.sample import FeatureRows, PointBatch
+from ditr_train.data.voxelize import group
+
+_ORDER, _SAMPLE, _MIX = 0, 1, 2  # independent streams of random numbers
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What one micro-batch is made of.
+
+    Args:
+        epoch: counted from 0.
+        items: (position in the epoch, index of the sample) of each sample.
+    """
+
+    epoch: int
+    items: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """Which samples each step of a run sees. Pure arithmetic: reads nothing.
+
+    Args:
+        samples: number of samples of the split.
+        batch_size: samples per optimiser step, over all ranks and accumulation steps.
+        loop: how often an epoch goes through the split.
+        seed: of the order.
+        accumulation: micro-batches per optimiser step and rank.
+        rank, world: this process and the number of processes.
+
+    Raises:
+        UsageError: a batch that cannot be shared out evenly, or that is larger than an epoch.
+    """
+
+    samples: int
+    batch_size: int
+    loop: int = 1
+    seed: int = 0
+    accumulation: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.accumulation * self.world
+        if self.batch_size % parts:
+            raise UsageError(
+                f"data.batch_size: {self.batch_size} samples cannot be shared evenly by {self.world} processes x "
+                f"{self.accumulation} accumulation steps; choose a multiple of {parts}"
+            )
+        if self.steps_per_epoch < 1:
+            raise UsageError(
+                f"data.batch_size: an epoch has {self.samples} samples x loop {self.loop}, fewer than one batch of "
+                f"{self.batch_size}; lower data.batch_size or raise data.loop"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps per epoch; samples that do not fill a batch are left out, others in each epoch."""
+        return self.samples * self.loop // self.batch_size
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """[samples * loop] index of the sample at each position of the epoch; each pass goes through all samples."""
+        rng = np.random.default_rng([self.seed, _ORDER, epoch])
+        return np.concatenate([rng.permutation(self.samples) for _ in range(self.loop)])
+
+    def batches(self, start: int, stop: int) -> Iterator[BatchPlan]:
+        """This rank's micro-batches of the optimiser steps `start`..`stop` - 1, counted from the run's begin."""
+        size = self.batch_size // (self.accumulation * self.world)
+        order, of_epoch = np.empty(0, dtype=np.int64), -1
+        for step in range(start, stop):
+            epoch, in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != of_epoch:
+                order, of_epoch = self.order(epoch), epoch
+            for part in range(self.accumulation):
+                first = in_epoch * self.batch_size + (part * self.world + self.rank) * size
+                yield BatchPlan(epoch, tuple((p, int(order[p])) for p in range(first, first + size)))
+
+
+class TrainBatches:
+    """Makes the training batch of a plan; runs in the workers.
+
+    Args:
+        dataset: of the training split.
+        seed: of the augmentation.
+        mix_prob: probability that two neighbours of a batch become one sample (Mix3D).
+    """
+
+    def __init__(self, dataset: CachedDataset, *, seed: int, mix_prob: float = 0.0) -> None:
+        self.dataset, self.seed, self.mix_prob = dataset, seed, mix_prob
+
+    def __getitem__(self, plan: BatchPlan) -> PointBatch:
+        samples = [
+            self.dataset.train_sample(index, np.random.default_rng([self.seed, _SAMPLE, plan.epoch, position]))
+            for position, index in plan.items
+        ]
+        mixed: list[VoxelSample] = []
+        for i in range(0, len(samples), 2):
+            pair = samples[i : i + 2]
+            rng = np.random.default_rng([self.seed, _MIX, plan.epoch, plan.items[i][0]])
+            mixed += [mix(*pair)] if len(pair) == 2 and rng.random() < self.mix_prob else pair
+        return collate(mixed)
+
+
+class EvalBatches:
+    """Makes the evaluation batch of one sample; runs in the workers."""
+
+    def __init__(self, dataset: CachedDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> PointBatch:
+        return collate([self.dataset.eval_sample(index)])
+
+
+def mix(first: VoxelSample, second: VoxelSample) -> VoxelSample:
+    """Mix3D: both samples in one room, their middles (x, y) and floors (z) on each other.
+
+    The second is moved by whole voxels, so that both keep their voxels; of two that coincide the first one's stays,
+    as a network needs unique voxels.
+    """
+    low, high = first.grid_coord.min(axis=0), first.grid_coord.max(axis=0)
+    shift = (low + high - second.grid_coord.min(axis=0) - second.grid_coord.max(axis=0)) // 2
+    shift[2] = low[2] - second.grid_coord[:, 2].min()
+    grid_coord = np.concatenate([first.grid_coord, second.grid_coord + shift])
+    grid_coord -= grid_coord.min(axis=0)
+    order, starts, _ = group(grid_coord)
+    keep = np.sort(order[starts])
+
+    def joined(name: str) -> Any:
+        a, b = getattr(first, name), getattr(second, name)
+        return None if a is None or b is None else np.concatenate([a, b])
+
+    row = None
+    if first.row is not None and second.row is not None and first.table is not None:
+        row = np.concatenate([first.row, np.where(second.row >= 0, second.row + len(first.table), -1)])[keep]
+    segment = joined("segment")
+    return VoxelSample(
+        name=f"{first.name}+{second.name}",
+        coord=joined("coord")[keep],
+        grid_coord=grid_coord[keep],
+        feat=joined("feat")[keep],
+        segment=None if segment is None else segment[keep],
+        table=joined("table"),
+        scale=joined("scale"),
+        row=row,
+    )
+
+
+def collate(samples: Sequence[VoxelSample]) -> PointBatch:
+    """One batch of voxelized samples; feature rows stay as stored."""
+
+    def joined(arrays: Sequence[NDArray[Any] | None]) -> torch.Tensor | None:
+        present = [a for a in arrays if a is not None]
+        return torch.from_numpy(np.concatenate(present)) if present else None
+
+    def offsets(counts: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(np.cumsum(counts), dtype=torch.int64)
+
+    coord = joined([s.coord for s in samples])
+    grid_coord = joined([s.grid_coord for s in samples])
+    feat = joined([s.feat for s in samples])
+    assert coord is not None and grid_coord is not None and feat is not None
+    ends = np.cumsum([0, *(len(s.coord) for s in samples)])
+    features = None
+    table = joined([s.table for s in samples])
+    if table is not None:
+        starts = np.cumsum([0, *(0 if s.table is None else len(s.table) for s in samples)])
+        index = [
+            None if s.row is None else np.where(s.row >= 0, s.row + start, -1)
+            for s, start in zip(samples, starts[:-1], strict=True)
+        ]
+        joined_index = joined(index)
+        assert joined_index is not None
+        features = FeatureRows(table=table, scale=joined([s.scale for s in samples]), index=joined_index)
+    inverse = joined(
+        [None if s.inverse is None else s.inverse + start for s, start in zip(samples, ends[:-1], strict=True)]
+    )
+    return PointBatch(
+        coord=coord,
+        grid_coord=grid_coord,
+        feat=feat,
+        offset=offsets([len(s.coord) for s in samples]),
+        segment=joined([s.segment for s in samples]),
+        features=features,
+        names=tuple(s.name for s in samples),
+        inverse=inverse,
+        full_segment=joined([s.full_segment for s in samples]),
+        full_offset=None if inverse is None else offsets([len(s.inverse) for s in samples if s.inverse is not None]),
+    )
+
+
+class _Guarded:
+    """Hands errors of the data over as values: a `DataLoader` would wrap them in a traceback."""
+
+    def __init__(self, source: TrainBatches | EvalBatches) -> None:
+        self.source = source
+
+    def __getitem__(self, key: Any) -> PointBatch | CacheError:
+        try:
+            return self.source[key]
+        except CacheError as error:
+            return error
+
+
+class BatchLoader:
+    """Batches for a sequence of keys, made ahead of time by worker processes.
+
+    Args:
+        source: makes a batch from a key.
+        keys: `BatchPlan`s or sample indices, in the order in which batches come out.
+        workers: number of processes; 0 makes batches in this one.
+        pin_memory: put batches into page-locked memory (for a GPU).
+
+    Raises:
+        CacheError: while iterating, whatever a batch raised where it was made.
+        StorageError: while iterating, a worker was killed.
+    """
+
+    def __init__(
+        self,
+        source: TrainBatches | EvalBatches,
+        keys: Iterable[Any],
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self._loader: DataLoader[Any] = DataLoader(
+            _Guarded(source),  # type: ignore[arg-type]
+            sampler=keys,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=_init_worker,
+            # Workers inherit the open cache; starting them costs nothing and they never touch a GPU.
+            multiprocessing_context="fork" if workers else None,
+            generator=torch.Generator(),  # its own: building an iterator must not advance the global one
+        )
+
+    def __iter__(self) -> Iterator[PointBatch]:
+        try:
+            for batch in self._loader:
+                if isinstance(batch, CacheError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise StorageError(
+                f"a data-loading process ended unexpectedly ({str(error).splitlines()[0]}); it was probably out of "
+                "memory or shared memory: lower data.workers or data.batch_size, or enlarge /dev/shm"
+            ) from error
+
+
+def _init_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group; the main process decides when to stop, and stops its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,117 @@
+"""Metrics of semantic segmentation, from one confusion matrix over a whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ditr_cache.errors import DataError, UsageError
+
+
+class ConfusionMatrix:
+    """Counts of (true class, predicted class) over labelled points.
+
+    A class without a single labelled point in the split is excluded from mIoU and mAcc, whether or not it was
+    predicted somewhere: it has no accuracy, and an IoU of 0 for it would say nothing about the network. Points that
+    were wrongly given to it still count as misses of their true class.
+
+    Args:
+        num_classes: K.
+        ignore_index: label of points that take no part.
+        device: where counts are kept; a CUDA device where NCCL is to reduce them.
+
+    Raises:
+        UsageError: fewer than one class.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = -1, device: torch.device | str = "cpu") -> None:
+        if num_classes < 1:
+            raise UsageError(f"a confusion matrix needs at least one class, got {num_classes}")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        """[K, K] int64, rows the true and columns the predicted class."""
+
+    def update(self, pred: Tensor | NDArray[np.integer], target: Tensor | NDArray[np.integer]) -> None:
+        """Counts more points.
+
+        Args:
+            pred: [N] integer predicted classes.
+            target: [N] integer true classes, `ignore_index` where unlabelled.
+
+        Raises:
+            DataError: different shapes, or a class outside of [0, K) at a labelled point.
+        """
+        pred, target = torch.as_tensor(pred), torch.as_tensor(target)
+        if pred.ndim != 1 or pred.shape != target.shape:
+            raise DataError(
+                f"predictions and labels must be two arrays [N], got {list(pred.shape)} and {list(target.shape)}"
+            )
+        target = target.to(pred.device)
+        labelled = target != self.ignore_index
+        pred, target = pred[labelled].long(), target[labelled].long()
+        if len(target) == 0:
+            return
+        for name, classes in (("predictions", pred), ("labels", target)):
+            low, high = (int(bound) for bound in classes.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise DataError(
+                    f"{name} must be in [0, {self.num_classes}), got {low} to {high}; check the number of classes "
+                    f"and the ignore index ({self.ignore_index})"
+                )
+        pairs = torch.bincount(target * self.num_classes + pred, minlength=self.num_classes**2)
+        self.counts += pairs.reshape_as(self.counts).to(self.counts.device)
+
+    def merge(self, other: ConfusionMatrix) -> None:
+        """Adds another matrix's counts.
+
+        Raises:
+            DataError: a matrix of another number of classes.
+        """
+        if other.num_classes != self.num_classes:
+            raise DataError(f"cannot merge counts of {other.num_classes} into those of {self.num_classes} classes")
+        self.counts += other.counts.to(self.counts.device)
+
+    def all_reduce(self) -> None:
+        """Sums the counts of all processes; does nothing outside of `torch.distributed`."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counts)
+
+    def results(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """`{"mIoU", "mAcc", "allAcc", "IoU": {name: IoU}, "Acc": {name: accuracy}}`, fractions in [0, 1].
+
+        None stands for what no labelled point defines: an absent class, or everything for an empty split.
+
+        Args:
+            class_names: K names.
+
+        Raises:
+            DataError: another number of names than classes, or a name twice.
+        """
+        if len(class_names) != self.num_classes or len(set(class_names)) != self.num_classes:
+            raise DataError(f"{self.num_classes} different class names needed, got {list(class_names)}")
+        counts = self.counts.double().cpu()
+        hits, truths, predictions = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+        present = truths > 0
+        iou = hits / (truths + predictions - hits)
+        accuracy = hits / truths
+
+        def mean(values: Tensor) -> float | None:
+            return float(values[present].mean()) if bool(present.any()) else None
+
+        def by_class(values: Tensor) -> dict[str, float | None]:
+            pairs = zip(class_names, values.tolist(), present.tolist(), strict=True)
+            return {name: value if there else None for name, value, there in pairs}
+
+        return {
+            "mIoU": mean(iou),
+            "mAcc": mean(accuracy),
+            "allAcc": float(hits.sum() / truths.sum()) if bool(present.any()) else None,
+            "IoU": by_class(iou),
+            "Acc": by_class(accuracy),
+        }

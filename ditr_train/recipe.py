@@ -1,0 +1,339 @@
+"""Recipes: YAML files that say everything about a run, validated before it starts.
+
+A recipe may say `extends: other`; its own keys then win over the other's, key by key, and lists are replaced whole.
+Unknown keys are refused with the nearest known ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
+from ditr_train.data.dataset import CHANNELS
+from ditr_train.data.transforms import Transform, build_transform
+from ditr_train.models.config import ModelConfig
+from ditr_train.optim import OptimizerConfig, ScheduleConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TransformConfig(_Section):
+    """One augmentation: its name and arguments, see `ditr_train.data.transforms`."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class DataConfig(_Section):
+    """What the network sees of a sample.
+
+    Args:
+        grid_size: edge of a voxel in metres.
+        feat: input channels, in order: coord, color, normal, strength.
+        augment: transforms of training samples before they are voxelized, in order.
+        point_max: crop training samples to at most this many voxels; null: never.
+        batch_size: samples per optimiser step, over all processes and accumulation steps.
+        loop: how often one epoch goes through the split.
+        mix_prob: probability of joining two neighbours of a batch (Mix3D).
+        workers: data-loading processes per training process; 0 loads in the training process.
+    """
+
+    grid_size: float = Field(gt=0)
+    feat: tuple[str, ...] = Field(min_length=1)
+    augment: tuple[TransformConfig, ...] = ()
+    point_max: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(ge=1)
+    loop: int = Field(default=1, ge=1)
+    mix_prob: float = Field(default=0.0, ge=0, le=1)
+    workers: int = Field(default=1, ge=0)
+
+    def transforms(self) -> tuple[Transform, ...]:
+        """The augmentation, built."""
+        return tuple(build_transform(t.name, t.args) for t in self.augment)
+
+
+class LossConfig(_Section):
+    """Cross-entropy + `lovasz_weight` x Lovasz-softmax.
+
+    Args:
+        lovasz_weight: 0 leaves Lovasz out.
+        label_smoothing: of the cross-entropy.
+        class_weights: of the cross-entropy, one per class; null: all 1.
+    """
+
+    lovasz_weight: float = Field(default=1.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    class_weights: tuple[float, ...] | None = None
+
+
+class TrainingConfig(_Section):
+    """How the run goes.
+
+    Args:
+        epochs, steps: the budget; exactly one of them.
+        amp: mixed precision on a GPU; a CPU always computes in float32.
+        accumulation: micro-batches per optimiser step; `data.batch_size` stays what an optimiser step sees.
+        clip_grad: largest gradient norm; null: not clipped.
+        sync_batchnorm: batch statistics over all GPUs of a distributed run.
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        checkpoint_every: epochs between checkpoints; the last epoch always ends with one.
+        log_every: optimiser steps per line of metrics.
+    """
+
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    amp: Literal["off", "fp16", "bf16"] = "off"
+    accumulation: int = Field(default=1, ge=1)
+    clip_grad: float | None = Field(default=None, gt=0)
+    sync_batchnorm: bool = False
+    evaluate_every: int = Field(default=1, ge=1)
+    checkpoint_every: int = Field(default=1, ge=1)
+    log_every: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainingConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"expected either epochs or steps, got epochs={self.epochs} and steps={self.steps}")
+        return self
+
+
+class SplitsConfig(_Section):
+    """Names of the cache's splits."""
+
+    train: str = "train"
+    val: str = "val"
+
+
+class Recipe(_Section):
+    """Everything about a run.
+
+    Args:
+        description: one line for `ditr-train recipes`.
+        cache: path or URL of the cache; set when the recipe is run.
+        vfm: name or key of the VFM whose features are injected; null for a network that reads points only.
+        classes: the classes that the cache must have; null takes the cache's.
+        seed: of the weights, the order and the augmentation.
+    """
+
+    description: str = ""
+    cache: str | None = None
+    vfm: str | None = None
+    classes: tuple[str, ...] | None = None
+    seed: int = Field(default=0, ge=0)
+    splits: SplitsConfig = SplitsConfig()
+    data: DataConfig
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.model.injection is not None and self.vfm is None:
+            raise ValueError(
+                "model.injection is set but vfm is null: there is nothing to inject; name a VFM of the cache with "
+                "--set vfm=NAME, or set model.injection to null"
+            )
+        if self.model.injection is None and self.vfm is not None:
+            raise ValueError(
+                f"vfm is {self.vfm!r} but model.injection is null: its features would not be used; set vfm to null, or "
+                "model.injection to {}"
+            )
+        return self
+
+    def require_cache(self) -> str:
+        """The cache's path. Raises `UsageError` where the recipe names none."""
+        if self.cache is None:
+            raise UsageError("cache: the recipe names none; pass the one to train from with --set cache=PATH")
+        return self.cache
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; `parse_recipe` reads it back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes lie: in the installed package, and in the source tree beside it."""
+    package = Path(__file__).resolve().parent
+    return [f for f in (package / "pipelines", package.parent / "pipelines") if f.is_dir()]
+
+
+def list_recipes(folders: Sequence[Path] | None = None) -> dict[str, str]:
+    """Name -> description of the recipes that can be run; `base` files only hold what others share."""
+    found: dict[str, str] = {}
+    for folder in recipe_folders() if folders is None else folders:
+        for path in sorted(folder.rglob("*.yaml")):
+            if path.stem != "base":
+                name = path.relative_to(folder).with_suffix("").as_posix()
+                found.setdefault(name, str(_read_yaml(path).get("description", "")))
+    return found
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), folders: Sequence[Path] | None = None) -> Recipe:
+    """The recipe of that name (say `demo/inject`), or of a YAML file, with `key.path=value` overrides.
+
+    Args:
+        name: a name below one of `folders`, or a path that ends in .yaml or .yml.
+        overrides: values are YAML, say `data.batch_size=4`, `vfm=null`, `data.feat=[color,normal]`.
+        folders: where names are looked up; None: `recipe_folders()`.
+
+    Raises:
+        UnknownNameError: no such recipe, or an unknown key; names the nearest.
+        UsageError: a value that cannot be used; names its key.
+        MissingDataError, DataError: a file that is not there or not YAML.
+    """
+    values = _resolve(name, recipe_folders() if folders is None else folders, ())
+    for override in overrides:
+        _override(values, override)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values. Raises `UnknownNameError` or `UsageError` naming the key."""
+    _refuse_unknown(values, Recipe, "")
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(_message(e) for e in error.errors())) from error
+    for channel in recipe.data.feat:
+        if channel not in CHANNELS:
+            raise UnknownNameError.of("input channel in data.feat", channel, CHANNELS)
+    try:
+        recipe.data.transforms()
+    except (UnknownNameError, UsageError) as error:
+        raise type(error)(f"data.augment: {error}") from error
+    return recipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from one file as `Recipe.to_yaml` wrote it. Raises as `load_recipe`."""
+    return parse_recipe(_read_yaml(path))
+
+
+def differing_keys(first: Recipe, second: Recipe) -> list[str]:
+    """Dotted names of the keys whose values differ."""
+    a, b = _flatten(first.model_dump(mode="json")), _flatten(second.model_dump(mode="json"))
+    return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return result
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise MissingDataError(f"recipe {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"recipe {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"recipe {str(path)!r}: expected a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def _find(name: str, folders: Sequence[Path]) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    for folder in folders:
+        if (path := folder / f"{name}.yaml").is_file():
+            return path
+    raise UnknownNameError.of("recipe", name, list_recipes(folders), "A path that ends in .yaml names a file.")
+
+
+def _resolve(name: str, folders: Sequence[Path], seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = _find(name, folders)
+    if path.resolve() in seen:
+        raise UsageError(f"recipe {str(path)!r}: extends itself through {', '.join(p.stem for p in seen)}")
+    values = _read_yaml(path)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UsageError(f"recipe {str(path)!r}: extends: expected the name of a recipe, got {parent!r}")
+    if parent.endswith((".yaml", ".yml")):  # a file is named from the one that extends it
+        parent = str(path.parent / parent)
+    return _merge(_resolve(parent, folders, (*seen, path.resolve())), values)
+
+
+def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UsageError(f"--set: expected key=value (say data.batch_size=4), got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {key}: the value {text!r} is not YAML") from error
+    for depth, part in enumerate(path[:-1]):
+        if values.get(part) is None:
+            values[part] = {}
+        if not isinstance(values[part], dict):
+            raise UsageError(f"--set {key}: {'.'.join(path[: depth + 1])} is a value, it has no keys below it")
+        values[part] = dict(values[part])
+        values = values[part]
+    values[path[-1]] = value
+
+
+def _refuse_unknown(values: Any, annotation: Any, prefix: str) -> None:
+    """Raise `UnknownNameError` for the first key that no field of the annotated type has, however deep."""
+    known = _fields(annotation)
+    if known is None or not isinstance(values, Mapping):
+        return
+    for key, value in values.items():
+        if key not in known:
+            where = f" of {prefix.rstrip('.')!r}" if prefix else ""
+            raise UnknownNameError.of(f"recipe key {prefix}{key!s}: key{where}", str(key), known)
+        nested = known[key]
+        if typing.get_origin(nested) is tuple and isinstance(value, list):
+            for i, item in enumerate(value):
+                _refuse_unknown(item, typing.get_args(nested)[0], f"{prefix}{key}.{i}.")
+        else:
+            _refuse_unknown(value, nested, f"{prefix}{key}.")
+
+
+def _fields(annotation: Any) -> dict[str, Any] | None:
+    """Name -> type of the fields of a section (also where it may be None); None for every other type."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        found = [f for a in typing.get_args(annotation) if (f := _fields(a)) is not None]
+        return found[0] if found else None
+    if not isinstance(annotation, type):
+        return None
+    if issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        names = (
+            annotation.model_fields
+            if issubclass(annotation, BaseModel)
+            else [f.name for f in dataclasses.fields(annotation)]
+        )
+        return {name: hints[name] for name in names}
+    return None
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    got = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
+    return f"{where}: {text[:1].lower()}{text[1:]}{got}" if where else text

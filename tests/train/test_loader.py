@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ditr_cache.errors import CorruptCacheError, StorageError, UsageError
+from ditr_cache.store import open_cache
+from ditr_train.data.dataset import CachedDataset, VoxelSample
+from ditr_train.data.loader import BatchLoader, EvalBatches, TrainBatches, TrainPlan, collate, mix
+from ditr_train.data.sample import PointBatch
+from ditr_train.data.transforms import build_transform
+
+
+@pytest.fixture
+def data(tiny_cache: Path) -> CachedDataset:
+    augment = [build_transform("RandomJitter", {}), build_transform("RandomDropout", {"p": 0.5})]
+    return CachedDataset(
+        open_cache(tiny_cache), "train", grid_size=0.1, feat=("color",), vfm="fake", transforms=augment
+    )
+
+
+def same(a: PointBatch, b: PointBatch) -> bool:
+    assert a.features is not None and b.features is not None
+    pairs = [
+        (a.coord, b.coord), (a.grid_coord, b.grid_coord), (a.feat, b.feat), (a.offset, b.offset),
+        (a.segment, b.segment), (a.features.table, b.features.table), (a.features.scale, b.features.scale),
+        (a.features.index, b.features.index),
+    ]  # fmt: skip
+    return a.names == b.names and all(torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]
+
+
+def test_an_epoch_goes_through_all_samples() -> None:
+    plan = TrainPlan(samples=6, batch_size=3, loop=2, seed=1)
+    assert plan.steps_per_epoch == 4
+    items = [b.items for b in plan.batches(0, 4)]
+    assert sorted(i for _, i in itertools.chain(*items)) == sorted([*range(6)] * 2)
+    assert [p for p, _ in itertools.chain(*items)] == list(range(12))
+    assert items != [b.items for b in plan.batches(4, 8)]  # another epoch, another order
+    assert all(b.epoch == 1 for b in plan.batches(4, 8))
+
+
+def test_a_plan_resumes_anywhere() -> None:
+    plan = TrainPlan(samples=7, batch_size=2, accumulation=2, seed=3)
+    whole = list(plan.batches(0, 9))
+    for stop in range(9):
+        assert list(plan.batches(stop, 9)) == whole[stop * 2 :]
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (4, 1), (2, 2)])
+def test_a_step_sees_the_same_samples_however_it_is_shared(world: int, accumulation: int) -> None:
+    alone = TrainPlan(samples=20, batch_size=8, seed=2)
+    expected = [sorted(b.items) for b in alone.batches(0, 4)]
+    shared: list[list[tuple[int, int]]] = [[] for _ in range(4)]
+    for rank in range(world):
+        plan = TrainPlan(samples=20, batch_size=8, seed=2, world=world, rank=rank, accumulation=accumulation)
+        for i, batch in enumerate(plan.batches(0, 4)):
+            shared[i // accumulation] += batch.items
+    assert [sorted(s) for s in shared] == expected
+
+
+def test_plans_that_cannot_be() -> None:
+    with pytest.raises(UsageError, match=r"data\.batch_size: 6 .*multiple of 4"):
+        TrainPlan(samples=20, batch_size=6, world=2, accumulation=2)
+    with pytest.raises(UsageError, match=r"fewer than one batch of 4.*data\.loop"):
+        TrainPlan(samples=3, batch_size=4)
+
+
+@pytest.mark.parametrize("mix_prob", [0.0, 0.5])
+def test_batches_do_not_depend_on_workers_or_the_start(data: CachedDataset, mix_prob: float) -> None:
+    plan = TrainPlan(samples=len(data), batch_size=2, seed=5)
+    source = TrainBatches(data, seed=5, mix_prob=mix_prob)
+    whole = list(BatchLoader(source, plan.batches(0, 4)))
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    late = list(BatchLoader(source, plan.batches(1, 4), workers=2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(late) == 3 and all(same(a, b) for a, b in zip(whole[1:], late, strict=True))
+    assert not same(whole[0], whole[2])  # the next epoch augments anew
+
+
+def test_collate_keeps_what_belongs_together(data: CachedDataset) -> None:
+    samples = [data.train_sample(i, np.random.default_rng(i)) for i in range(3)]
+    batch = collate(samples)
+    assert batch.features is not None and batch.features.scale is not None
+    assert batch.features.table.dtype == torch.int8 and batch.features.index.dtype == torch.int64
+    assert batch.offset.tolist() == np.cumsum([len(s.coord) for s in samples]).tolist()
+    assert batch.batch_index().tolist() == [i for i, s in enumerate(samples) for _ in s.coord]
+    assert batch.grid_coord.dtype == torch.int32 and batch.segment is not None and batch.segment.dtype == torch.int64
+    start = 0
+    for s in samples:
+        part = batch.features.index[start : start + len(s.coord)].numpy()
+        assert s.row is not None and s.table is not None
+        assert ((part < 0) == (s.row < 0)).all()
+        seen = s.row >= 0
+        assert np.array_equal(batch.features.table.numpy()[part[seen]], s.table[s.row[seen]])
+        start += len(s.coord)
+    moved = batch.to("cpu")
+    assert moved.features is not None and moved.names == batch.names and moved.inverse is None
+
+
+def test_evaluation_batches_carry_the_way_back(data: CachedDataset) -> None:
+    samples = [data.eval_sample(i) for i in range(2)]
+    batch = collate(samples)
+    assert batch.inverse is not None and batch.full_offset is not None and batch.full_segment is not None
+    assert batch.full_offset.tolist() == np.cumsum([len(s.full_segment) for s in samples]).tolist()  # type: ignore[arg-type]
+    second = batch.inverse[int(batch.full_offset[0]) :]
+    assert int(second.min()) == int(batch.offset[0]) and int(second.max()) == int(batch.offset[1]) - 1
+    batches = list(BatchLoader(EvalBatches(data), range(len(data)), workers=1))
+    assert [b.names[0] for b in batches] == data.ids and all(len(b.offset) == 1 for b in batches)
+
+
+def voxels(name: str, grid: list[list[int]], rows: list[int]) -> VoxelSample:
+    coord = np.array(grid, dtype=np.int32)
+    return VoxelSample(
+        name=name,
+        coord=coord.astype(np.float32),
+        grid_coord=coord,
+        feat=np.full((len(grid), 1), ord(name), dtype=np.float32),
+        segment=np.full(len(grid), ord(name), dtype=np.int64),
+        table=np.full((max(rows) + 1, 2), ord(name), dtype=np.float16),
+        row=np.array(rows),
+    )
+
+
+def test_mix_puts_middles_on_each_other_and_keeps_voxels_unique() -> None:
+    a = voxels("a", [[0, 0, 0], [4, 0, 0], [2, 2, 3]], [0, 1, -1])
+    b = voxels("b", [[0, 0, 0], [2, 0, 0], [1, 2, 1]], [0, -1, 1])
+    mixed = mix(a, b)
+    assert mixed.name == "a+b"
+    # b moves by (1, 0, 0): its points come to (1, 0, 0), (3, 0, 0), (2, 2, 1); nothing coincides.
+    assert sorted(map(tuple, mixed.grid_coord.tolist())) == [
+        (0, 0, 0), (1, 0, 0), (2, 2, 1), (2, 2, 3), (3, 0, 0), (4, 0, 0),
+    ]  # fmt: skip
+    assert mixed.segment is not None and mixed.row is not None and mixed.table is not None
+    seen = mixed.row >= 0
+    assert (mixed.table[mixed.row[seen], 0] == mixed.segment[seen]).all() and seen.sum() == 4
+    same_place = mix(a, a)
+    assert len(same_place.coord) == 3 and same_place.row is not None and same_place.row.tolist() == [0, 1, -1]
+
+
+def test_mixed_batches_are_smaller(data: CachedDataset) -> None:
+    plan = TrainPlan(samples=4, batch_size=4, seed=5)
+    batch = TrainBatches(data, seed=5, mix_prob=1.0)[next(plan.batches(0, 1))]
+    assert len(batch.offset) == 2 and all("+" in name for name in batch.names)
+    keys = torch.cat([batch.batch_index()[:, None].int(), batch.grid_coord], dim=1)
+    assert len(torch.unique(keys, dim=0)) == len(keys) and int(batch.grid_coord.min()) == 0
+
+
+class Broken:
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __getitem__(self, index: int) -> PointBatch:
+        if self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise CorruptCacheError("room01/coord: damaged")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_the_data_arrive_as_they_are(workers: int) -> None:
+    with pytest.raises(CorruptCacheError) as caught:
+        next(iter(BatchLoader(Broken("corrupt"), [0], workers=workers)))  # type: ignore[arg-type]
+    assert str(caught.value) == "room01/coord: damaged"
+
+
+def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(StorageError, match=r"data\.workers"):
+        next(iter(BatchLoader(Broken("killed"), [0], workers=1)))  # type: ignore[arg-type]
