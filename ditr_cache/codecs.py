@@ -3,7 +3,8 @@
 Bounds (held by property tests), for a row x and its decoded row y:
 
 - `float16`: |y - x| <= 2^-11 |x| + 2^-25 per channel; values beyond +-65504 are refused.
-- `int8`: |y - x| <= s / 2 (+ float32 rounding) per channel with the row's scale s = max|x| / 127.
+- `int8`: |y - x| <= s / 2 (+ float32 rounding) per channel with the row's scale s = max|x| / 127; a row whose
+  max|x| is below 4e-37 becomes zero.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ CODECS = ("float16", "int8")
 """Names of all codecs."""
 
 FLOAT16_MAX = 65504.0
+
+_SCALE_MAX = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
+"""Largest scale of an int8 row: 127 times it is still a float32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +47,8 @@ def encode(rows: NDArray[np.floating], codec: str) -> EncodedRows:
     """
     if codec not in CODECS:
         raise UnknownNameError.of("codec", codec, CODECS)
-    peak = np.abs(rows).max(axis=1, initial=0.0).astype(np.float32) if len(rows) else np.zeros(0, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+        peak = np.abs(rows).max(axis=1, initial=0.0).astype(np.float32) if len(rows) else np.zeros(0, np.float32)
     if not np.isfinite(peak).all():
         raise DataError(f"features: {int((~np.isfinite(peak)).sum())} of {len(rows)} rows hold NaN or infinity")
     if codec == "float16":
@@ -53,8 +58,9 @@ def encode(rows: NDArray[np.floating], codec: str) -> EncodedRows:
                 "use the codec int8"
             )
         return EncodedRows(table=rows.astype(np.float16), scale=None)
-    scale = peak / np.float32(127)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    scale = np.minimum(peak / np.float32(127), _SCALE_MAX)
+    with np.errstate(over="ignore"):
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
     # A subnormal scale has an infinite inverse: such a row is zero for every purpose.
     scale, inverse = np.where(np.isfinite(inverse), (scale, inverse), np.float32(0))
     codes = np.rint(rows.astype(np.float32) * inverse[:, None])

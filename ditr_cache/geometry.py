@@ -61,8 +61,8 @@ def visible_by_zbuffer(
 ) -> NDArray[np.bool_]:
     """Whether points are not hidden behind other points of the cloud, [N] bool.
 
-    The points are splatted into a z-buffer whose cell is as wide as the spacing of the points seen at their median
-    depth, each over 3x3 cells, so that a surface has no holes through which what lies behind would show.
+    The points are splatted into z-buffers, each over 3x3 cells that are as wide as the points' spacing at their own
+    depth, so that a surface has no holes through which what lies behind would show, be it near or far.
 
     Args:
         u, v: [N] image coordinates, inside the bounds.
@@ -70,19 +70,31 @@ def visible_by_zbuffer(
         spacing: typical distance of neighbouring points in metres.
         tolerance: metres behind the nearest splat that still count as visible.
     """
-    if not len(z):
-        return np.zeros(0, dtype=bool)
-    cell = max(1.0, spacing * max(camera.fx, camera.fy) / float(np.median(z)))
-    columns, rows = int(np.ceil(camera.width / cell)), int(np.ceil(camera.height / cell))
-    index = (v / cell).astype(np.intp) * columns + (u / cell).astype(np.intp)
-    buffer = np.full((rows + 2) * (columns + 2), np.inf).reshape(rows + 2, columns + 2)
+    spacing_at_one_metre = spacing * max(camera.fx, camera.fy)  # in pixels
+    # One buffer per factor of sqrt(2) in depth; beyond the depth at which a splat is one pixel wide they are all alike.
+    farthest = np.ceil(2 * np.log2(max(spacing_at_one_metre, 1e-6)))
+    level = np.minimum(np.floor(2 * np.log2(z)), farthest)
+    nearest = np.full(len(z), np.inf)
+    for k in np.unique(level):
+        cell = max(1.0, spacing_at_one_metre / 2 ** (k / 2))
+        columns, rows = int(camera.width / cell) + 1, int(camera.height / cell) + 1
+        index = (v / cell).astype(np.intp) * columns + (u / cell).astype(np.intp)
+        splats = np.flatnonzero(level == k)
+        nearest = np.minimum(nearest, _nearest_splat(index[splats], z[splats], rows, columns)[index])
+    return z <= nearest + tolerance
+
+
+def _nearest_splat(
+    index: NDArray[np.intp], z: NDArray[np.float64], rows: int, columns: int
+) -> NDArray[np.float64]:
+    """Depth of the nearest of the points z [N] in cells `index` [N] and their eight neighbours, [rows * columns]."""
+    buffer = np.full((rows + 2, columns + 2), np.inf)
     inner = np.full(rows * columns, np.inf)
     far_to_near = np.argsort(-z, kind="stable")
     inner[index[far_to_near]] = z[far_to_near]
     buffer[1:-1, 1:-1] = inner.reshape(rows, columns)
     across = np.minimum(np.minimum(buffer[:, :-2], buffer[:, 1:-1]), buffer[:, 2:])
-    nearest = np.minimum(np.minimum(across[:-2], across[1:-1]), across[2:])
-    return z <= nearest.ravel()[index] + tolerance
+    return np.minimum(np.minimum(across[:-2], across[1:-1]), across[2:]).ravel()
 
 
 def to_fraction(u: NDArray[np.float64], size: int) -> NDArray[np.uint16]:

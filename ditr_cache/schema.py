@@ -50,7 +50,7 @@ class Document:
         try:
             body = json.loads(text)
             version, kind, checksum = body.pop("format_version"), body.pop("kind"), body.pop("checksum", None)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise CorruptCacheError(f"{where}: not a {cls.kind} of a ditr cache ({error})") from error
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise FormatVersionError(

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from ditr_cache.cached import CachedSample
 from ditr_cache.errors import StorageError
+from ditr_cache.geometry import point_spacing
 from ditr_cache.store import CacheReader
 
 Color = NDArray[np.uint8]
@@ -78,21 +79,23 @@ def render(coord: NDArray[np.float32], colors: Color, *, axes: tuple[int, int, i
     low = np.array([np.percentile(right, 0.5), np.percentile(up, 0.5)])
     extent = np.array([np.percentile(right, 99.5), np.percentile(up, 99.5)]) - low
     scale = (size - 20) / max(float(extent.max()), 1e-6)
-    # Splat as wide as the points are apart, so that surfaces look closed.
-    radius = int(
-        np.clip(round(0.5 * (size - 20) * np.sqrt(extent.prod() * scale**2) / size / np.sqrt(len(coord))), 1, 4)
-    )
+    # Splat as wide as the points (in Morton order) are apart, so that surfaces look closed.
+    radius = int(np.clip(round(0.6 * point_spacing(coord) * scale), 1, 6))
     offset = (size - extent * scale) / 2
     column = ((right - low[0]) * scale + offset[0]).astype(int)
     row = size - 1 - ((up - low[1]) * scale + offset[1]).astype(int)
-    canvas = np.full((size, size, 3), BACKGROUND, dtype=np.uint8)
-    order = np.argsort(toward, kind="stable")  # what is nearer to the viewer is painted later
+    order = np.argsort(toward, kind="stable")  # of points on one pixel the nearest is assigned last
     order = order[cut[order]]
+    nearest = np.full((size, size), -1, dtype=np.int64)
+    height = np.append(toward, -np.inf)  # index -1: nothing there yet
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):
             x, y = column[order] + dx, row[order] + dy
             inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
-            canvas[y[inside], x[inside]] = colors[order[inside]]
+            candidate = np.full_like(nearest, -1)
+            candidate[y[inside], x[inside]] = order[inside]
+            nearest = np.where(height[candidate] > height[nearest], candidate, nearest)
+    canvas = np.where(nearest[..., None] >= 0, colors[nearest], np.array(BACKGROUND, dtype=np.uint8))
     return Image.fromarray(canvas)
 
 

@@ -60,7 +60,7 @@ class Evaluator:
             CacheError: as `CachedDataset.eval_sample`.
         """
         started = time.perf_counter()
-        confusion = ConfusionMatrix(len(self.dataset.class_names), ignore_index=-1, device=self.processes.device)
+        confusion = ConfusionMatrix(len(self.dataset.class_names), ignore_index=-1)
         for batch, prediction in self._predictions(model):
             assert batch.full_segment is not None
             confusion.update(prediction, batch.full_segment)

@@ -23,19 +23,18 @@ class ConfusionMatrix:
     Args:
         num_classes: K.
         ignore_index: label of points that take no part.
-        device: where counts are kept; a CUDA device where NCCL is to reduce them.
 
     Raises:
         UsageError: fewer than one class.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = -1, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_classes: int, ignore_index: int = -1) -> None:
         if num_classes < 1:
             raise UsageError(f"a confusion matrix needs at least one class, got {num_classes}")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        """[K, K] int64, rows the true and columns the predicted class."""
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        """[K, K] int64 on the CPU, rows the true and columns the predicted class."""
 
     def update(self, pred: Tensor | NDArray[np.integer], target: Tensor | NDArray[np.integer]) -> None:
         """Counts more points.
@@ -65,7 +64,7 @@ class ConfusionMatrix:
                     f"and the ignore index ({self.ignore_index})"
                 )
         pairs = torch.bincount(target * self.num_classes + pred, minlength=self.num_classes**2)
-        self.counts += pairs.reshape_as(self.counts).to(self.counts.device)
+        self.counts += pairs.reshape_as(self.counts).cpu()
 
     def merge(self, other: ConfusionMatrix) -> None:
         """Adds another matrix's counts.
@@ -75,12 +74,16 @@ class ConfusionMatrix:
         """
         if other.num_classes != self.num_classes:
             raise DataError(f"cannot merge counts of {other.num_classes} into those of {self.num_classes} classes")
-        self.counts += other.counts.to(self.counts.device)
+        self.counts += other.counts
 
     def all_reduce(self) -> None:
         """Sums the counts of all processes; does nothing outside of `torch.distributed`."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts)
+            # NCCL reduces what lies on a GPU only.
+            device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+            counts = self.counts.to(device)
+            torch.distributed.all_reduce(counts)
+            self.counts = counts.cpu()
 
     def results(self, class_names: Sequence[str]) -> dict[str, Any]:
         """`{"mIoU", "mAcc", "allAcc", "IoU": {name: IoU}, "Acc": {name: accuracy}}`, fractions in [0, 1].

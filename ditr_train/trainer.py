@@ -135,7 +135,7 @@ class Trainer:
         self.resumed_from = self.step
         self._network: nn.Module = DistributedDataParallel(self.model) if this.world > 1 else self.model
         self._progress = TrainProgress(self.total_steps, self.step, enabled=this.is_main and not quiet)
-        self._tracker = Tracker(self.folder.path, self.step) if this.is_main else None
+        self._tracker: Tracker | None = None
         self._signal: str | None = None
 
     def fit(self) -> dict[str, Any]:
@@ -149,8 +149,8 @@ class Trainer:
         )
         self.model.train()
         with contextlib.ExitStack() as stack:
-            if self._tracker is not None:
-                stack.callback(self._tracker.close)
+            if self.this.is_main and self.step < self.total_steps:
+                self._tracker = stack.enter_context(contextlib.closing(Tracker(self.folder.path, self.step)))
             stack.enter_context(self._progress)
             stack.enter_context(self._signals())
             batches = stack.enter_context(contextlib.closing(iter(loader)))  # type: ignore[type-var]

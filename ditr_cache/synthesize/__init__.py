@@ -81,8 +81,6 @@ def synthesize(
         _write_rooms(root, missing, scenes, seed, settings, workers, progress)
         for split, numbers in (("train", train), ("val", val)):
             _write_text(root / f"scannetv2_{split}.txt", "".join(f"{scene_id(i)}\n" for i in numbers))
-    except StorageError:
-        raise
     except BrokenProcessPool as error:
         raise StorageError(
             f"rooms: a worker process died while writing to {str(root)!r} ({error}); run again"
@@ -114,7 +112,7 @@ def _claim(root: Path, seed: int, settings: RoomsSettings) -> None:
                 f"{ {n: claim[n] for n in differing} }, got { {n: theirs.get(n) for n in differing} }; "
                 "choose another folder or remove this one"
             )
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and any(not path.name.endswith(".partial") for path in root.iterdir()):
         raise UsageError(
             f"rooms: {str(root)!r} holds files that are not generated rooms; choose an empty folder or a new one"
         )
@@ -159,8 +157,12 @@ def _write_room(root: Path, number: int, seed: int, settings: RoomsSettings) -> 
     name = scene_id(number)
     partial = root / "scans" / f".{name}.{os.getpid()}.partial"
     partial.mkdir()
-    write_scene(partial, name, build_scene(number, seed=seed, settings=settings), settings)
-    partial.rename(root / "scans" / name)
+    try:
+        write_scene(partial, name, build_scene(number, seed=seed, settings=settings), settings)
+        partial.rename(root / "scans" / name)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _write_text(path: Path, text: str) -> None:

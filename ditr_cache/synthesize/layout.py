@@ -31,7 +31,7 @@ PANELS: dict[int, Pattern] = {
 }
 """Class of a flat panel on a wall -> its texture. The last is a painted field of the wall."""
 
-RUGS: dict[int, Pattern] = {MAT: textures.basket, FLOOR: textures.parquet}
+RUGS: dict[int, Pattern] = {MAT: textures.medallions, FLOOR: textures.parquet}
 """Class of a flat thing on the floor -> its texture. The last is an inlay of the floor."""
 
 _SLAB = 0.1  # thickness of walls and floor, outside the room

@@ -11,7 +11,7 @@ from ditr_cache.synthesize.boxes import Faces
 from ditr_cache.synthesize.layout import Room
 from ditr_cache.synthesize.raycast import TextureAtlas
 
-_JITTER = 0.45  # of a cell; below one half, so that no triangle turns over
+_JITTER = 0.45  # of a cell; below one half, so that every vertex stays in its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,20 @@ def _grid(
     centre = np.stack(np.meshgrid(np.arange(cols) + 0.5, np.arange(rows) + 0.5), axis=-1).reshape(-1, 2)
     place = (centre + rng.uniform(-_JITTER, _JITTER, centre.shape)) * extent / (cols, rows)
     a, b, c, d = (v.ravel() for v in (index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]))
-    # s runs right and t down, so a-c-b and b-c-d are anticlockwise.
-    return place, np.concatenate([np.stack([a, c, b], axis=1), np.stack([b, c, d], axis=1)])
+    # Of the two ways to cut a quadrilateral, one never turns a triangle over: each corner stays in its own cell.
+    one, other = (((a, c, b), (b, c, d)), ((a, c, d), (a, d, b)))
+    worst = [np.minimum(*(_area(*(place[v] for v in corners)) for corners in cut)) for cut in (one, other)]
+    better = (worst[0] >= worst[1])[:, None]
+    cells = [
+        np.where(better, np.stack(first, axis=1), np.stack(second, axis=1))
+        for first, second in zip(one, other, strict=True)
+    ]
+    return place, np.concatenate(cells)
+
+
+def _area(p: NDArray[np.float64], q: NDArray[np.float64], r: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Twice the area of triangles, positive where anticlockwise for someone who sees s run right and t down."""
+    return (q[:, 1] - p[:, 1]) * (r[:, 0] - p[:, 0]) - (q[:, 0] - p[:, 0]) * (r[:, 1] - p[:, 1])
 
 
 def _buried(room: Room, points: NDArray[np.float64], owner: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -125,12 +125,13 @@ def folds(c: Canvas) -> Field:
     return np.sin(2 * np.pi * phase) + np.float32(0.05) * c.noise(0.01, 0.01)
 
 
-def basket(c: Canvas) -> Field:
-    """Floor mat: a basket weave, in squares of threads that run along x and along y in turn."""
-    cell = c.uniform(0.086, 0.104)
-    along_x = (np.floor(c.x / cell) + np.floor(c.y / cell)) % 2 > 0
-    thread = np.where(along_x, np.cos(4 * np.pi * c.y / cell), np.cos(4 * np.pi * c.x / cell))
-    return -thread + np.float32(0.08) * c.noise(0.004, 0.004)
+def medallions(c: Canvas) -> Field:
+    """Floor mat: squares with rings around their middle, each square with a phase of its own."""
+    cell = c.uniform(0.16, 0.20)
+    column, row = np.floor(c.x / cell), np.floor(c.y / cell)
+    radius = np.hypot(c.x - (column + 0.5) * cell, c.y - (row + 0.5) * cell)
+    phase = c.rng.uniform(0, 1, (64, 64)).astype(np.float32)[row.astype(int) % 64, column.astype(int) % 64]
+    return np.sin(2 * np.pi * (radius / c.uniform(0.042, 0.052) + phase)) + np.float32(0.15) * c.noise(0.006, 0.006)
 
 
 def fabric(c: Canvas) -> Field:

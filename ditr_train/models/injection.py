@@ -31,6 +31,7 @@ _MAX_SAMPLES = 1 << (63 - 3 * _AXIS_BITS)
 # Steps that move the bits of a 16-bit number three places apart: bytes, then nibbles, pairs and single bits.
 _SPREAD = ((16, 0xFF0000FF), (8, 0xF00F00F00F), (4, 0xC30C30C30C3), (2, 0x249249249249))
 
+_PORTION_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 Reduce = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -202,8 +203,7 @@ class _ProjectAndPool(torch.autograd.Function):
 
 def _portions(count: int, table: Tensor, rows_each: int = 1) -> Iterator[tuple[int, int]]:
     """Ranges over `count` items: of cache size on a CPU, large enough to hide kernel launches on a GPU."""
-    elements = 1 << (26 if table.device.type == "cuda" else 20)
-    step = max(1, elements // (rows_each * table.shape[1]))
+    step = max(1, _PORTION_ELEMENTS[table.device.type] // (rows_each * table.shape[1]))
     return ((start, min(start + step, count)) for start in range(0, count, step))
 
 

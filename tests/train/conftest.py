@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ditr_cache.codecs import encode
 from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo, VFMSpec
@@ -34,6 +35,7 @@ def write_cache(
     classes: Sequence[str] = CLASSES,
     without: Sequence[str] = (),
     featureless: Sequence[str] = (),
+    numbered: bool = False,
     seed: int = 0,
 ) -> Path:
     """A cache of rooms of 2 x 2 x 1 m: floor, wall, and a picture on the wall that only its features tell apart."""
@@ -79,11 +81,18 @@ def write_cache(
                 continue
             rows = rng.normal(size=(int(seen.sum()), spec.dim)).astype(np.float32)
             rows[:, 0] += 4 * picture[seen]
-            rows[:, 1] = np.flatnonzero(seen)  # tells which point a row belongs to
+            if numbered:  # a channel that tells which point a row belongs to
+                rows[:, 1] = np.flatnonzero(seen)
             index = np.full(n, -1, dtype=np.int32)
             index[seen] = np.arange(seen.sum())
             writer.commit_features(spec, record, encode(rows, spec.codec), index, images=1)
     return root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Networks this small only lose by threads, most of all where other work runs beside the tests."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,10 @@ def dataset(cache: Path, split: str = "train", **settings: object) -> CachedData
     return CachedDataset(open_cache(cache), split, **{**defaults, **settings})  # type: ignore[arg-type]
 
 
-def test_feature_rows_stay_with_their_points(tiny_cache: Path) -> None:
+def test_feature_rows_stay_with_their_points(tmp_path: Path, make_cache: Make) -> None:
+    cache = make_cache(tmp_path / "c", train=2, val=0, numbered=True)
     augment = [build_transform("RandomDropout", {"p": 1}), build_transform("RandomRotate", {"p": 1})]
-    data = dataset(tiny_cache, transforms=augment, point_max=120)
+    data = dataset(cache, transforms=augment, point_max=120)
     for index in range(len(data)):
         stored = data.cache.read(data.ids[index], vfm="fake")
         sample = data.train_sample(index, np.random.default_rng(index))

@@ -45,9 +45,9 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def recipe(cache: Path, **changes: Any) -> Recipe:
+def recipe(path: Path, /, **changes: Any) -> Recipe:
     """The recipe above with changes named `section__key`."""
-    values = json.loads(json.dumps({**VALUES, "cache": str(cache)}))
+    values = json.loads(json.dumps({**VALUES, "cache": str(path)}))
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         (values[section] if section else values)[name] = value
@@ -158,7 +158,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole: Path, tiny_cache: Path, 
     )
     run = tmp_path / "run"
     args = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), str(run)]
-    assert subprocess.run(args, check=False).returncode == -signal.SIGKILL
+    assert subprocess.run(args, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode == -signal.SIGKILL
     done = train(recipe(tiny_cache), run, device="cpu", resume=True, quiet=True)
     assert done["resumed_from"] == 2  # the end of the first epoch
     assert_same_run(whole, run)
@@ -168,7 +168,8 @@ def test_signal_from_outside_ends_the_process_cleanly(tiny_cache: Path, tmp_path
     (tmp_path / "recipe.yaml").write_text(recipe(tiny_cache, training__epochs=5000, data__workers=1).to_yaml())
     run = tmp_path / "run"
     args = [sys.executable, "-m", "ditr_train.cli", "run", str(tmp_path / "recipe.yaml"), "--out", str(run)]
-    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(args, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (run / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -240,10 +241,10 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(
 
 
 def test_injection_learns_what_points_cannot_tell(tmp_path: Path, make_cache: Callable[..., Path]) -> None:
-    cache = make_cache(tmp_path / "c", train=6, val=2, points=1200)
+    cache = make_cache(tmp_path / "c", train=4, val=1, points=800)
     iou = {}
     for name, changes in (("plain", {"vfm": None, "model__injection": None}), ("inject", {"model__injection": {}})):
-        settings = {"training__epochs": 12, "training__evaluate_every": 12, "data__mix_prob": 0.0, **changes}
+        settings = {"training__epochs": 10, "training__evaluate_every": 10, "data__mix_prob": 0.0, **changes}
         done = train(recipe(cache, **settings), tmp_path / name, device="cpu", quiet=True)
         iou[name] = done["last"]["IoU"]["picture"]
     assert iou["inject"] > iou["plain"] + 0.1

@@ -1,0 +1,147 @@
+"""The demo: rooms -> cached features -> a segmenter without and with them, over several seeds, side by side.
+
+Everything is done by the two commands, as a user would call them; this file only calls them in order, with as many
+trainings at a time as there are processors, and puts their JSON into a table and `report.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from demo_report import write_report
+from rich.console import Console
+from rich.table import Table
+
+VFM = "efficientnet-lite0"
+ARMS = {"plain": "points alone", "inject": f"with {VFM} injected"}
+console = Console(width=110)
+
+
+@click.command()
+@click.option(
+    "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for everything."
+)
+@click.option("--scenes", default=24, show_default=True, help="Rooms; a third of them validates.")
+@click.option("--seeds", default=3, show_default=True, help="Trainings of each kind.")
+@click.option("--set", "overrides", multiple=True, help="Passed on to every `ditr-train run`.")
+def demo(out: Path, scenes: int, seeds: int, overrides: tuple[str, ...]) -> None:
+    """Make rooms, cache features, train without and with them, compare."""
+    rooms, cache, runs = out / "rooms", out / "cache", out / "runs"
+    seconds: dict[str, float] = {}
+    with stage("synthesize rooms", seconds):
+        call("ditr-cache", "synthesize", rooms, "--scenes", scenes, "--seed", 0)
+    with stage("extract features", seconds):
+        extraction = ["--dataset", "rooms", "--root", rooms, "--out", cache, "--vfm", VFM, "--codec", "int8"]
+        call("ditr-cache", "extract", *extraction, "--workers", 0)
+        info = ask("ditr-cache", "info", cache, "--json")
+    with stage("train", seconds):
+        train(runs, cache, seeds, overrides)
+    with stage("evaluate", seconds):
+        results = {
+            arm: [
+                ask("ditr-train", "eval", runs / f"{arm}-{s}", "--checkpoint", "last", "--json") for s in range(seeds)
+            ]
+            for arm in ARMS
+        }
+    with stage("draw", seconds):
+        report = write_report(out, rooms, cache, runs, ARMS, results)
+    print_results(info, results, seconds)
+    console.print(f"pictures and per-class IoU: {report}")
+
+
+class stage:  # noqa: N801, a context manager that reads like a statement
+    """Announce and time one step of the demo."""
+
+    def __init__(self, title: str, seconds: dict[str, float]) -> None:
+        self.title, self.seconds = title, seconds
+
+    def __enter__(self) -> None:
+        console.rule(self.title)
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.title] = time.perf_counter() - self.started
+
+
+def command(program: str, *args: object) -> list[str]:
+    """The command of this very environment, whatever PATH says."""
+    return [str(Path(sys.executable).parent / program), *(str(a) for a in args)]
+
+
+def call(program: str, *args: object) -> None:
+    """Run a command; stop the demo with its exit code where it fails."""
+    line = command(program, *args)
+    console.print("$ " + " ".join([program, *line[1:]]), highlight=False)
+    done = subprocess.run(line)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def ask(program: str, *args: object) -> dict[str, Any]:
+    """Run a command that prints one JSON object."""
+    done = subprocess.run(command(program, *args), stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def train(runs: Path, cache: Path, seeds: int, overrides: Sequence[str]) -> None:
+    """Train every arm with every seed, one processor each; finished runs of an earlier call are kept."""
+    settings = [part for override in (f"cache={cache}", *overrides) for part in ("--set", override)]
+    waiting = [
+        (runs / f"{arm}-{seed}", command("ditr-train", "run", f"demo/{arm}", *settings, "--set", f"seed={seed}"))
+        for seed in range(seeds)
+        for arm in ARMS
+    ]
+    running: list[tuple[Path, subprocess.Popen[bytes]]] = []
+    runs.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            folder, line = waiting.pop(0)
+            line += ["--out", str(folder), "--resume"]
+            console.print("$ " + " ".join(["ditr-train", *line[1:]]), highlight=False)
+            with (runs / f"{folder.name}.log").open("wb") as log:
+                running.append((folder, subprocess.Popen(line, stdout=log, stderr=log, env=environment)))
+        folder, process = running.pop(0)
+        if process.wait():
+            for _, other in running:
+                other.terminate()
+            console.print((runs / f"{folder.name}.log").read_text())
+            sys.exit(process.returncode)
+
+
+def print_results(info: dict[str, Any], results: dict[str, list[dict[str, Any]]], seconds: dict[str, float]) -> None:
+    """The table: mIoU of both arms, what the cache holds, and where the time went."""
+    table = Table(title="mIoU over the validation rooms, every point, last checkpoint")
+    table.add_column("network")
+    for seed in range(len(results["plain"])):
+        table.add_column(f"seed {seed}", justify="right")
+    table.add_column("mean +- std", justify="right")
+    for arm, title in ARMS.items():
+        scores = [100 * r["mIoU"] for r in results[arm]]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        table.add_row(title, *(f"{s:.1f}" for s in scores), f"{statistics.mean(scores):.1f} +- {spread:.1f}")
+    console.print(table)
+    vfm = info["vfms"][0]
+    console.print(
+        f"coverage {vfm['coverage']:.1%}, features {vfm['bytes'] / info['points']:.0f} bytes per point, "
+        f"geometry {info['geometry_bytes'] / info['points']:.0f} bytes per point"
+    )
+    console.print(
+        "seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()) + f", all {sum(seconds.values()):.0f}"
+    )
+
+
+if __name__ == "__main__":
+    demo()
