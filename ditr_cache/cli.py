@@ -58,7 +58,7 @@ def cli(verbose: bool) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--compile", "compile_", is_flag=True, help="Run the VFM through torch.compile.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), help="Images per forward pass.  [default: 32 on CUDA, else 4]"
+    "--batch-size", type=click.IntRange(min=1), help="Images per forward pass.  [default: 32 on CUDA, else 1]"
 )
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Processes; 0 runs in this one.  [default: one per GPU, at least one]"

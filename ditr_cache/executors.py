@@ -24,7 +24,7 @@ IN_FLIGHT_PER_WORKER = 3
 """Partitions submitted ahead per worker: enough that none idles, few enough that the scheduler stays flat."""
 
 RETRIES = 2
-"""How often a partition whose worker died is tried again elsewhere."""
+"""How often a partition that raised is tried again. Where a worker died, dask tries again by itself."""
 
 _PLUGIN = "ditr-cache"
 
@@ -56,7 +56,7 @@ def run_on_dask(
         UsageError: the scheduler does not answer or has no worker.
         CacheError: a worker cannot be set up (its data, cache or VFM is not what the client has).
     """
-    from distributed import Client, LocalCluster, as_completed
+    from distributed import Client, KilledWorker, LocalCluster, as_completed
 
     logging.getLogger("distributed").setLevel(logging.ERROR)  # its chatter hides ours
     with ExitStack() as stack:
@@ -66,7 +66,7 @@ def run_on_dask(
                     n_workers=workers,
                     threads_per_worker=1,
                     processes=True,
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",  # None would still claim port 8787
                     silence_logs=logging.ERROR,
                 )
             )
@@ -84,18 +84,16 @@ def run_on_dask(
         waiting: Any = as_completed()
         ids: dict[str, Partition] = {}
 
+        def start(partition: Partition, key: str) -> Any:
+            return client.submit(
+                _run_on_worker, partition, pure=False, retries=RETRIES, resources=resources, key=f"{key}-{partition.id}"
+            )
+
         def submit() -> bool:
             partition = next(queue, None)
             if partition is None:
                 return False
-            future = client.submit(
-                _run_on_worker,
-                partition,
-                pure=False,
-                retries=RETRIES,
-                resources=resources,
-                key=f"extract-{partition.id}",
-            )
+            future = start(partition, "extract")
             ids[future.key] = partition
             waiting.add(future)
             return True
@@ -103,12 +101,22 @@ def run_on_dask(
         for _ in range(IN_FLIGHT_PER_WORKER * max(1, len(client.scheduler_info()["workers"]))):
             if not submit():
                 break
+        suspects: list[Partition] = []
         for future in waiting:
             partition = ids.pop(future.key)
-            summary = future.result() if future.status == "finished" else _lost(partition, future.exception())
+            death = None if future.status == "finished" else future.exception()
+            if isinstance(death, KilledWorker):
+                suspects.append(partition)
+            else:
+                yield _lost(partition, death) if death is not None else future.result()
             future.release()
-            yield summary
             submit()
+        # Dask blames a death on all that waited on the worker. Alone, only the partition that kills it is lost.
+        for partition in suspects:
+            future = start(partition, "suspect")
+            death = future.exception()
+            yield _lost(partition, death) if death is not None else future.result()
+            future.release()
 
 
 class _WorkerSetup:
@@ -162,6 +170,6 @@ def _run_on_worker(partition: Partition) -> PartitionSummary:
 
 
 def _lost(partition: Partition, error: Exception | None) -> PartitionSummary:
-    text = f"its worker died {RETRIES + 1} times (out of memory?): {error}"
+    text = f"its worker died or failed again and again (out of memory?): {error}"
     failures = tuple(BrokenView(sample=i, view="", error=text) for i in partition.sample_ids)
     return PartitionSummary(partition=partition.id, status="failed", failures=failures)

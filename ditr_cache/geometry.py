@@ -84,9 +84,7 @@ def visible_by_zbuffer(
     return z <= nearest + tolerance
 
 
-def _nearest_splat(
-    index: NDArray[np.intp], z: NDArray[np.float64], rows: int, columns: int
-) -> NDArray[np.float64]:
+def _nearest_splat(index: NDArray[np.intp], z: NDArray[np.float64], rows: int, columns: int) -> NDArray[np.float64]:
     """Depth of the nearest of the points z [N] in cells `index` [N] and their eight neighbours, [rows * columns]."""
     buffer = np.full((rows + 2, columns + 2), np.inf)
     inner = np.full(rows * columns, np.inf)

@@ -54,7 +54,7 @@ class ExtractSettings:
         vfm: the model that was asked for.
         fuse, codec: how features are reduced and stored.
         retry_incomplete: redo partitions that were committed without some of their views.
-        batch_size: images per forward pass; None: 32 on a GPU, 4 on a CPU.
+        batch_size: images per forward pass; None: 32 on a GPU, 1 on a CPU, where a larger batch only misses the caches.
     """
 
     dataset: str
@@ -93,7 +93,7 @@ class PartitionWorker:
                 f"this worker's VFM is {self.spec.key!r}, expected {expected_key!r}: its weights or its version of "
                 "ditr differ from the client's"
             )
-        self.batch_size = settings.batch_size or (32 if self.vfm.device.type == "cuda" else 4)
+        self.batch_size = settings.batch_size or (32 if self.vfm.device.type == "cuda" else 1)
 
     def __call__(self, partition: Partition) -> PartitionSummary:
         """Extract one partition. Never raises for bad input: that is recorded in the summary."""

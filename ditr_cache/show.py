@@ -43,7 +43,7 @@ def pca_colors(feature: NDArray[np.float32], valid: NDArray[np.bool_]) -> Color:
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     sample = rows[:: max(1, len(rows) // 50_000)]
     center = np.median(sample, axis=0)
-    _, vectors = np.linalg.eigh(np.cov((sample - center).T))
+    _, vectors = np.linalg.eigh(np.atleast_2d(np.cov((sample - center).T)))
     components = (rows - center) @ vectors[:, ::-1][:, :3]
     low, high = np.percentile(components, [1, 99], axis=0)
     scaled = (components - low) / np.maximum(high - low, 1e-12)

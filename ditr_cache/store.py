@@ -63,6 +63,8 @@ SHARD_BYTES = 1 << 28
 OPTIONAL_POINT_ARRAYS = ("color", "normal", "strength", "segment", "instance")
 LINK_ARRAYS = ("link_point", "link_uv", "link_depth")
 
+_CHUNK_KEYS = {"name": "default", "configuration": {"separator": "/"}}
+
 
 # --- arrays ---------------------------------------------------------------------------------------------------------
 
@@ -106,6 +108,9 @@ def read_array(folder: Path, name: str, info: ArrayInfo, rows: slice = slice(Non
                 f"{where}: expected {info.dtype}{list(info.shape)} as its record says, got "
                 f"{stored.dtype}{list(stored.shape)}; run `ditr-cache verify --repair`"
             )
+        # Chunks that are all zero are not stored, so these two decide values that no checksum covers.
+        if stored.fill_value != 0 or stored.metadata.to_dict()["chunk_key_encoding"] != _CHUNK_KEYS:
+            raise CorruptCacheError(f"{where}: its zarr.json was altered; run `ditr-cache verify --repair`")
         return np.asarray(stored[rows])
     except CacheError:
         raise

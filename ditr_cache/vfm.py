@@ -97,6 +97,11 @@ class FrozenVFM:
         architecture = SHORT_NAMES.get(request.name, request.name)
         if not timm.is_model(architecture.split(".")[0]):
             raise UnknownNameError.of("VFM", request.name, [*SHORT_NAMES, *timm.list_models()])
+        try:
+            timm.models.get_pretrained_cfg(architecture)
+        except RuntimeError as error:  # the part after the dot, its variant of pretrained weights
+            known = timm.list_pretrained(f"{architecture.split('.')[0]}.*")
+            raise UnknownNameError.of("VFM", request.name, known) from error
         model: Any = _create(architecture)
         if not hasattr(model, "forward_intermediates"):
             raise UsageError(f"VFM {request.name!r}: timm's {architecture!r} gives no intermediate features")

@@ -86,7 +86,7 @@ class Tracker:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
         """Record values of one step; numbers (and numbers in mappings) also go to TensorBoard as `kind/name`."""

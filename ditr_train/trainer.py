@@ -1,7 +1,8 @@
 """The training loop: one run from its recipe to its last checkpoint, resumable at every optimiser step.
 
 Nothing random carries over from step to step: data and dropout are drawn from (seed, step, rank). A run that is
-interrupted and resumed therefore ends, on a CPU, with the very weights of one that was not.
+interrupted and resumed therefore ends, on a CPU and with the same number of threads (the order of a sum depends on it),
+with the very weights of one that was not.
 """
 
 from __future__ import annotations
@@ -324,17 +325,18 @@ class Trainer:
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            self._signal = signal.Signals(number).name
-            signal.signal(number, previous[number])
+            received = signal.Signals(number)
+            self._signal = received.name
+            signal.signal(received, previous[received])
 
-        previous: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
+        previous: dict[signal.Signals, Any] = {}
+        for handled in (signal.SIGINT, signal.SIGTERM):
+            previous[handled] = signal.signal(handled, note)
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for handled, handler in previous.items():
+                signal.signal(handled, handler)
 
 
 @dataclass

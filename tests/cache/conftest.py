@@ -1,5 +1,7 @@
 """Small caches, weights and datasets that several tests of the cache need."""
 
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -143,3 +145,28 @@ def tiny_rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = RoomsSettings(frames=4, color_size=(96, 64), depth_size=(48, 32), point_spacing=0.12)
     synthesize(root, scenes=3, seed=0, settings=settings)
     return root
+
+
+@pytest.fixture(scope="session")
+def bed():
+    """The analytic test bed, `analytic_scene.py`."""
+    from ditr_cache.torchvision_compat import declare_missing_operators
+
+    declare_missing_operators()
+    path = Path(__file__).with_name("analytic_scene.py")
+    spec = importlib.util.spec_from_file_location("analytic_scene", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def position_checkpoint(bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that make a ViT's tokens speak of positions, see `analytic_scene.py`."""
+    return bed.write_checkpoint(tmp_path_factory.mktemp("analytic") / "position.pt")
+
+
+@pytest.fixture
+def position_vfm(bed, position_checkpoint):
+    return bed.load_vfm(position_checkpoint)

@@ -71,12 +71,12 @@ def test_subnormals_and_the_largest_float():
 
 def test_float16_names_the_way_out_of_an_overflow():
     assert decode(**vars(encode(np.full((1, 1), 65504.0), "float16"))).item() == 65504
-    with pytest.raises(DataError, match="70000 does not fit into float16.*codec int8"):
+    with pytest.raises(DataError, match=r"70000 does not fit into float16.*codec int8"):
         encode(np.array([[1.0, -70000.0]]), "float16")
 
 
 def test_values_beyond_float32_are_refused():
-    with pytest.raises(DataError, match="NaN or infinity|does not fit"):
+    with pytest.raises(DataError, match=r"NaN or infinity|does not fit"):
         encode(np.array([[1e300]]), "int8")
 
 

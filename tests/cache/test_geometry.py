@@ -45,7 +45,9 @@ def test_world_to_camera_to_pixel_by_hand():
     assert got.dtype == np.float64
     u, v = project(got, CAMERA)
     for i, point in enumerate(coord.astype(float)):
-        expected = [sum(camera_from_world[r, c] * point[c] for c in range(3)) + camera_from_world[r, 3] for r in range(3)]
+        expected = [
+            sum(camera_from_world[r, c] * point[c] for c in range(3)) + camera_from_world[r, 3] for r in range(3)
+        ]
         assert got[i] == pytest.approx(expected, abs=1e-12)
         assert u[i] == pytest.approx(50 * expected[0] / expected[2] + 31.5, abs=1e-9)
         assert v[i] == pytest.approx(55 * expected[1] / expected[2] + 24.25, abs=1e-9)
@@ -157,7 +159,7 @@ def zbuffer(points: np.ndarray, camera: Camera, spacing: float, tolerance: float
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
 @pytest.mark.parametrize(("front_z", "back_z"), [(1.0, 3.0), (2.0, 2.5), (1.5, 6.0)])
 def test_zbuffer_against_the_true_occlusion_of_a_square_before_a_wall(front_z, back_z, jitter):
-    """A point of the wall is hidden where the ray to it meets the square; near its rim splats may hide a little more."""
+    """A point of the wall is hidden where its ray meets the square; near the rim splats may hide a little more."""
     camera = Camera(width=320, height=240, fx=250, fy=250, cx=160, cy=120)
     rng, step = np.random.default_rng(0), 0.02
     front, back = plane(front_z, 0.25 * front_z, step), plane(back_z, 0.45 * back_z, step)
@@ -220,9 +222,8 @@ def test_zbuffer_of_nothing():
 
 @given(st.integers(1, 5000), st.data())
 def test_fraction_stays_in_the_image_and_within_one_step(size, data):
-    u = np.array(
-        data.draw(st.lists(st.floats(0, size, exclude_max=True), min_size=1, max_size=20)) + [0.0, np.nextafter(size, 0)]
-    )
+    drawn = data.draw(st.lists(st.floats(0, size, exclude_max=True), min_size=1, max_size=20))
+    u = np.array([*drawn, 0.0, np.nextafter(size, 0)])
     fraction = to_fraction(u, size)
     assert fraction.dtype == np.uint16
     back = fraction.astype(float) / FRACTION_STEPS * size

@@ -27,7 +27,9 @@ NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 SHA = st.text("0123456789abcdef", min_size=64, max_size=64)
 ARRAYS = st.dictionaries(
     TEXT,
-    st.builds(ArrayInfo, shape=st.lists(COUNT, max_size=3).map(tuple), dtype=st.sampled_from(["<f4", "|u1"]), sha256=SHA),
+    st.builds(
+        ArrayInfo, shape=st.lists(COUNT, max_size=3).map(tuple), dtype=st.sampled_from(["<f4", "|u1"]), sha256=SHA
+    ),
     max_size=3,
 )
 FILES = st.dictionaries(TEXT, COUNT, max_size=3)
@@ -144,7 +146,7 @@ def test_a_newer_version_is_recognised_whatever_else_it_holds(make_spec):
 
 
 def test_missing_fields_are_named(make_spec):
-    with pytest.raises(CorruptCacheError, match="here: fields are missing .*'tap'"):
+    with pytest.raises(CorruptCacheError, match=r"here: fields are missing .*'tap'"):
         VFMSpec.from_json(resigned(make_spec(), tap=...), "here")
 
 

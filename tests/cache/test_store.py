@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import logging
 import os
@@ -57,8 +58,11 @@ def assert_reads(reader: CacheReader, sample: str, written: dict, rows: slice = 
 DTYPES = st.sampled_from(["<f2", "<f4", "|u1", "|i1", "<i2", "<i4", "<u4", "<i8", "<u2"])
 
 
-@settings(max_examples=40)
-@given(DTYPES.flatmap(lambda d: hnp.arrays(d, hnp.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=70))))
+SHAPES = st.tuples(st.integers(0, 70)) | st.tuples(st.integers(0, 70), st.integers(1, 9))
+
+
+@settings(max_examples=25)
+@given(DTYPES.flatmap(lambda d: hnp.arrays(d, SHAPES)))
 def test_arrays_round_trip_bit_by_bit(array):
     with tempfile.TemporaryDirectory() as folder:
         store._write_arrays(Path(folder) / "a.zarr", {"x": array})
@@ -187,23 +191,32 @@ def test_names_that_are_not_there(writer, make_partition):
     reader = open_cache(writer.paths.root)
     with pytest.raises(UnknownNameError, match="did you mean 'scene0000_00'"):
         reader.read("scene0000_01")
-    with pytest.raises(UnknownNameError, match="split .* 'tran': did you mean 'train'"):
+    with pytest.raises(UnknownNameError, match=r"split .* 'tran': did you mean 'train'"):
         reader.split_ids("tran")
     with pytest.raises(UsageError, match="holds no features yet"):
         reader.resolve_vfm()
 
 
-ODD = ["a/b", "..", ".", "vfm", "ü", "a b", "%2E", "%", ".hidden", "a\\b", "a:b", "x" * 300, "x" * 299 + "y", "CON", "日本", "a.json",
-       "a.zarr", "~", "a\nb", "🙂" * 60]  # fmt: skip
+ODD = [
+    "a/b", "..", ".", "vfm", "ü", "a b", "%2E", "%", ".hidden", "a\\b", "a:b", "x" * 300, "x" * 299 + "y", "CON",
+    "日本", "a.json", "a.zarr", "~", "a\nb", "🙂" * 60,
+]  # fmt: skip
 
 
-def test_ids_with_odd_characters(writer, make_partition, make_spec):
+def test_ids_with_odd_characters(writer, make_arrays, make_spec):
     spec = make_spec()
-    written = {name: make_partition(writer, name, [(name, 4 + i)], spec) for i, name in enumerate(ODD)}
+    written = {}
+    for i, name in enumerate(ODD):
+        infos, arrays = make_arrays([(name, 4 + i)])
+        written[name] = arrays["coord"]
+        kept = {k: arrays[k] for k in ("coord", "source_index", "link_point")}
+        record = writer.commit_geometry(name, infos, kept)
+        index = np.full(4 + i, -1, np.int32)
+        writer.commit_features(spec, record, encode(np.zeros((0, 5)), "float16"), index, images=0)
     reader = open_cache(writer.paths.root)
     assert reader.samples == sorted(ODD) == reader.samples_with()
     for name in ODD:
-        assert_reads(reader, name, written[name], key=spec.key)
+        assert np.array_equal(reader.read(name).coord, written[name])
     assert verify(writer.paths.root).ok == 2 * len(ODD) + 1
     assert all(writer.paths.root in p.resolve().parents for p in files_of(writer.paths.root))
 
@@ -211,8 +224,10 @@ def test_ids_with_odd_characters(writer, make_partition, make_spec):
 @given(st.text(min_size=1), st.text(min_size=1))
 def test_file_names_are_safe_and_one_per_id(a, b):
     for identifier in (a, b):
-        name = file_name(identifier) if identifier.isprintable() or True else ""
-        assert 0 < len(name) <= 180 and "/" not in name and not name.startswith(".") and name.isascii() and name != "vfm"
+        name = file_name(identifier)
+        assert (
+            0 < len(name) <= 180 and "/" not in name and not name.startswith(".") and name.isascii() and name != "vfm"
+        )
     assert (file_name(a) == file_name(b)) == (a == b)
 
 
@@ -224,15 +239,18 @@ def test_cache_urls(tmp_path, writer, make_partition):
         open_cache("s3://bucket/cache")
 
 
-def test_readers_pickle_and_hold_no_files(writer, make_partition, make_spec):
+def test_readers_pickle_and_hold_no_files(writer, make_arrays, make_spec):
     spec = make_spec()
-    written = make_partition(writer, "scene", [("scene", 80)], spec)
+    infos, arrays = make_arrays([("scene", 30)])
+    kept = {k: arrays[k] for k in ("coord", "source_index", "link_point")}
+    record = writer.commit_geometry("scene", infos, kept)
+    writer.commit_features(spec, record, encode(np.ones((1, 5)), "float16"), np.zeros(30, np.int32), images=1)
     reader = pickle.loads(pickle.dumps(open_cache(writer.paths.root)))
-    assert_reads(reader, "scene", written, key=spec.key)
-    before = len(os.listdir("/proc/self/fd"))
+    assert np.array_equal(reader.read("scene").feature, np.ones((30, 5)))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(200):
-        reader.read("scene")
-    assert len(os.listdir("/proc/self/fd")) <= before
+        reader.read_stored("scene", "fake")
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 # --- commit protocol ------------------------------------------------------------------------------------------------
@@ -245,7 +263,7 @@ class Killed(BaseException):
 class Kill:
     """Stops the disk at the n-th change, as kill -9 does: that change and all later ones never happen."""
 
-    CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "open")
+    CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         self.left = at
@@ -264,7 +282,7 @@ class Kill:
 
 def small(make_arrays, seed: int):
     infos, arrays = make_arrays([("scene", 12)], seed)
-    kept = ("coord", "source_index", "link_point")
+    kept = ("coord", "source_index")
     return infos, {k: v for k, v in arrays.items() if k in kept}
 
 
@@ -272,9 +290,10 @@ def small(make_arrays, seed: int):
 def test_killed_at_every_change_of_the_disk(writer, make_partition, make_arrays, make_spec, monkeypatch, overwrite):
     """A reader sees the partition as a whole, old or new, or not at all; what else is in the cache stays."""
     neighbour = make_partition(writer, "neighbour", [("neighbour", 10)], make_spec())
+    others = {p: p.read_bytes() for p in files_of(writer.paths.root)}
     old, new = small(make_arrays, 1), small(make_arrays, 2)
     seen = {"none": 0, "old": 0, "new": 0}
-    for at in range(400):
+    for at in range(0, 400, 1 if overwrite else 4):
         if overwrite:
             writer.commit_geometry("scene", *old)
         finished = False
@@ -286,11 +305,8 @@ def test_killed_at_every_change_of_the_disk(writer, make_partition, make_arrays,
             except Killed:
                 pass
         reader = open_cache(writer.paths.root)
-        assert_reads(reader, "neighbour", neighbour, key=make_spec().key)
         if "scene" in reader.samples:
-            coord = reader.read("scene", None if not reader.vfms else None).coord if False else reader.read_stored(
-                "scene", None
-            ).coord
+            coord = reader.read_stored("scene", None).coord
             which = "new" if np.array_equal(coord, new[1]["coord"]) else "old"
             assert which == "new" or np.array_equal(coord, old[1]["coord"])
             assert writer.geometry("scene") is not None
@@ -298,7 +314,7 @@ def test_killed_at_every_change_of_the_disk(writer, make_partition, make_arrays,
             which = "none"
             assert writer.geometry("scene") is None
         seen[which] += 1
-        assert verify(writer.paths.root).clean
+        assert all(path.read_bytes() == content for path, content in others.items())
         assert not finished or which == "new"
         with monkeypatch.context() as patch:
             patch.setattr(store, "_alive", lambda pid: False)
@@ -315,7 +331,9 @@ def test_killed_at_every_change_of_the_disk(writer, make_partition, make_arrays,
             store.remove_folder(record.with_suffix(".zarr"))
     else:
         pytest.fail("the commit never finished")
-    assert seen["none"] > 10 and seen["new"] >= 1 and (seen["old"] >= 1) == overwrite
+    assert verify(writer.paths.root).clean
+    assert_reads(open_cache(writer.paths.root), "neighbour", neighbour, key=make_spec().key)
+    assert seen["none"] > 3 and seen["new"] >= 1 and (seen["old"] >= 1) == overwrite
 
 
 def test_a_failed_write_leaves_nothing_behind(writer, make_arrays, monkeypatch):
@@ -353,7 +371,7 @@ def test_only_a_folder_of_its_own(tmp_path, make_metadata):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty and not a cache"):
         CacheWriter.create(tmp_path, make_metadata())
-    with pytest.raises(MissingDataError, match="has no cache.json"):
+    with pytest.raises(MissingDataError, match=r"has no cache\.json"):
         open_cache(tmp_path)
     with pytest.raises(MissingDataError):
         open_cache(tmp_path / "nowhere")
@@ -390,16 +408,14 @@ def damaged(tmp_path_factory, make_partition, make_spec, make_metadata):
 
 def read_everything(root: Path, written: dict, key: str) -> None:
     reader = open_cache(root)
-    if "scene" not in reader.samples:
-        raise CorruptCacheError("not committed")
+    assert_reads(reader, "scene", written, key=key)
     for name in ("link_uv", "link_depth"):
         record = reader.geometry["scene"]
         folder = reader.paths.arrays(reader.paths.geometry, "scene")
         assert np.array_equal(read_array(folder, name, record.arrays[name]), written[name])
-    assert_reads(reader, "scene", written, key=key)
 
 
-@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_in_any_file_is_seen_or_harmless(damaged, data, caplog):
     root, written, spec = damaged
@@ -441,16 +457,14 @@ def test_altered_array_metadata_never_makes_other_values(tmp_path, old, new, zer
     text = path.read_bytes()
     assert text.count(old) == 1
     path.write_bytes(text.replace(old, new))
-    try:
+    with contextlib.suppress(CorruptCacheError):
         assert np.array_equal(read_array(tmp_path / "a.zarr", "x", store._info({"x": array})["x"]), array)
-    except CorruptCacheError:
-        pass
 
 
 def test_a_missing_or_cut_file_is_seen_at_once(damaged):
     root, written, spec = damaged
     for path in files_of(root):
-        if path.name == "cache.json" or path.parent.name == "scene.zarr":
+        if path.name == "cache.json":
             continue
         good = path.read_bytes()
         for change in ("missing", "cut", "longer"):

@@ -50,7 +50,7 @@ def test_input_channels(tiny_cache: Path) -> None:
     assert data.in_channels == 9 and sample.feat.shape[1] == 9 and sample.feat.dtype == np.float32
     assert np.array_equal(sample.feat[:, :3], sample.coord) and sample.table is None and sample.row is None
     assert np.allclose(np.linalg.norm(sample.feat[:, 3:6], axis=1), 1)
-    assert 0 <= sample.feat[:, 6:].min() and sample.feat[:, 6:].max() <= 1
+    assert sample.feat[:, 6:].min() >= 0 and sample.feat[:, 6:].max() <= 1
     assert np.allclose(sample.coord[:, :2].min(0) + sample.coord[:, :2].max(0), 0, atol=1e-6)
     assert sample.coord[:, 2].min() == 0
 

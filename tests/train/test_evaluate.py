@@ -19,14 +19,16 @@ from ditr_train.trainer import train
 
 def recipe(cache: Path) -> Recipe:
     backbone = {"stem_channels": 8, "stem_kernel_size": 3, "channels": [8, 8], "layers": [1, 1], "norm_momentum": 0.1}
-    return parse_recipe({
-        "cache": str(cache),
-        "vfm": "fake",
-        "data": {"grid_size": 0.1, "feat": ["color", "normal"], "batch_size": 2, "workers": 0},
-        "model": {"backbone": backbone, "injection": {}},
-        "optimizer": {"lr": 0.02},
-        "training": {"epochs": 3},
-    })
+    return parse_recipe(
+        {
+            "cache": str(cache),
+            "vfm": "fake",
+            "data": {"grid_size": 0.1, "feat": ["color", "normal"], "batch_size": 2, "workers": 0},
+            "model": {"backbone": backbone, "injection": {}},
+            "optimizer": {"lr": 0.02},
+            "training": {"epochs": 3},
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_features_of_another_model_are_refused(
         with pytest.raises(MismatchError, match=f"{part} differs"):
             evaluate(run, device="cpu", cache=str(cache))
     cache = make_cache(tmp_path / "classes", points=20, classes=("floor", "wall", "poster"))
-    with pytest.raises(MismatchError, match="'picture'.*'poster'"):
+    with pytest.raises(MismatchError, match=r"'picture'.*'poster'"):
         evaluate(run, device="cpu", cache=str(cache))
 
 

@@ -43,6 +43,12 @@ def test_scannet_recipes_are_the_published_ones() -> None:
     assert (plain.training.epochs, plain.data.batch_size, plain.data.mix_prob) == (800, 12, 0.8)
     assert (plain.data.point_max, inject.data.point_max) == (100000, 102400)
     assert (plain.loss.lovasz_weight, inject.loss.lovasz_weight) == (0.0, 1.0)
+    assert (plain.optimizer.name, plain.optimizer.lr, plain.optimizer.weight_decay) == ("sgd", 0.05, 1e-4)
+    assert (inject.optimizer.name, inject.optimizer.lr, inject.optimizer.weight_decay) == ("adamw", 6e-3, 0.05)
+    assert [(g.pattern, g.lr_scale) for g in inject.optimizer.groups] == [("block", 0.1)]
+    for recipe, final in ((plain, 1e4), (inject, 1e3)):
+        schedule = recipe.schedule
+        assert (schedule.pct_start, schedule.div_factor, schedule.final_div_factor) == (0.05, 10, final)
     assert inject.classes is not None and len(inject.classes) == 20
 
 
@@ -77,6 +83,7 @@ def test_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
         ("model.backbone.chanels=[1]", r"model\.backbone\.chanels.*did you mean 'channels'"),
         ("model.injection.pol=max", r"model\.injection\.pol.*did you mean 'pool'"),
         ("optimizer.learning=1", r"optimizer\.learning"),
+        ("optimizer.groups=[{patern: block, lr_scale: 1}]", r"optimizer\.groups\.0\.patern.*did you mean 'pattern'"),
         ("data.augment=[{nam: RandomFlip}]", r"data\.augment\.0\.nam.*did you mean 'name'"),
     ],
 )

@@ -44,6 +44,9 @@ VALUES: dict[str, Any] = {
     "training": {"epochs": 3, "log_every": 2},
 }  # fmt: skip
 
+# The order of a sum, and so its last bit, depends on the number of threads: as many as in this process.
+ONE_THREAD = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
+
 
 def recipe(path: Path, /, **changes: Any) -> Recipe:
     """The recipe above with changes named `section__key`."""
@@ -158,7 +161,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole: Path, tiny_cache: Path, 
     )
     run = tmp_path / "run"
     args = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), str(run)]
-    assert subprocess.run(args, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode == -signal.SIGKILL
+    assert subprocess.run(args, env=ONE_THREAD, check=False).returncode == -signal.SIGKILL
     done = train(recipe(tiny_cache), run, device="cpu", resume=True, quiet=True)
     assert done["resumed_from"] == 2  # the end of the first epoch
     assert_same_run(whole, run)
@@ -168,8 +171,7 @@ def test_signal_from_outside_ends_the_process_cleanly(tiny_cache: Path, tmp_path
     (tmp_path / "recipe.yaml").write_text(recipe(tiny_cache, training__epochs=5000, data__workers=1).to_yaml())
     run = tmp_path / "run"
     args = [sys.executable, "-m", "ditr_train.cli", "run", str(tmp_path / "recipe.yaml"), "--out", str(run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(args, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(args, env=ONE_THREAD, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (run / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -258,8 +260,8 @@ def test_two_processes_train_as_one(tiny_cache: Path, tmp_path: Path) -> None:
         subprocess.Popen(
             [*command, "--out", str(tmp_path / "run")],
             env={
-                **os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+                **ONE_THREAD, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

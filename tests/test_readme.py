@@ -1,0 +1,123 @@
+"""Every command and every line of Python that the README gives, run on a small generated dataset."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditr_cache.synthesize import RoomsSettings, synthesize
+from ditr_cache.torchvision_compat import declare_missing_operators
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL_NETWORK = (
+    "--set training.epochs=1 --set data.batch_size=2 --set data.workers=0 --set data.grid_size=0.2 "
+    "--set model.backbone.channels=[8,8,8,8,8,8,8,8] --set model.backbone.layers=[1,1,1,1,1,1,1,1] "
+    "--set model.backbone.stem_channels=8 --set model.backbone.stem_kernel_size=3"
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    inline = re.findall(r"`(torchrun [^`]*)`", README.replace("\n", " "))
+    return [line for line in lines if line] + inline
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stand-ins for what the README names: /data/scannet, /data/capture, and the weights of its VFMs."""
+    folder = tmp_path_factory.mktemp("readme")
+    small = RoomsSettings(
+        frames=3, color_size=(64, 48), depth_size=(64, 48), point_spacing=0.2, lost_pose_probability=0
+    )
+    synthesize(folder / "scannet", scenes=3, settings=small)
+    scene = folder / "scannet" / "scans" / "scene0000_00"
+    capture = folder / "capture"
+    capture.mkdir()
+    for i in range(3):
+        shutil.copy(scene / "color" / f"{i}.jpg", capture / f"frame-{i:06d}.color.jpg")
+        shutil.copy(scene / "depth" / f"{i}.png", capture / f"frame-{i:06d}.depth.png")
+        shutil.copy(scene / "pose" / f"{i}.txt", capture / f"frame-{i:06d}.pose.txt")
+    intrinsics = np.loadtxt(scene / "intrinsic" / "intrinsic_color.txt")[:3, :3]
+    np.savetxt(capture / "camera-intrinsics.txt", intrinsics)
+    declare_missing_operators()
+    import timm
+    import torch
+
+    for name in ("test_vit", "test_efficientnet"):
+        torch.save(timm.create_model(name, num_classes=0).state_dict(), folder / f"{name}.pt")
+    return folder
+
+
+def stand_in(command: str, place: Path) -> list[str]:
+    """The command on the small data: paths, weights and sizes replaced, everything else as the README has it."""
+    for name, model in (("dinov2-large", "test_vit"), ("dinov3-large", "test_efficientnet")):
+        command = command.replace(f"--vfm {name}", f"--vfm {model} --checkpoint {place / model}.pt --image-size 48x64")
+    command = command.replace("--vfm efficientnet-lite0", "--vfm efficientnet-lite0 --image-size 48x64")
+    command = (
+        command.replace("/data/", f"{place}/").replace("runs/", f"{place}/runs/").replace("room.png", f"{place}/r.png")
+    )
+    if command.startswith("ditr-cache extract"):
+        command += " --workers 0"
+    if command.startswith("ditr-train run"):
+        command += f" {SMALL_NETWORK}" + (" --set vfm=test_vit" if "inject" in command else "")
+    return shlex.split(command)
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditr_cache.cli import main as cache
+    from ditr_train.cli import main as train
+
+    monkeypatch.setattr(sys, "argv", arguments)
+    try:
+        {"ditr-cache": cache, "ditr-train": train}[arguments[0]]()
+    except SystemExit as stop:
+        assert not stop.code, arguments
+
+
+def test_commands_and_python_run_in_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for command in commands():
+        if command.split()[0] in ("ditr-cache", "ditr-train"):
+            run(stand_in(command, place), monkeypatch)
+            ran.append(command)
+    assert len(ran) >= 11
+    assert Image.open(place / "r.png").size[0] > 400
+    (python,) = blocks("python")
+    names: dict[str, type] = {}
+    exec(python, names)
+    item = names["Points"](place / "cache", "train", vfm="test_vit")[0]
+    assert len(item["coord"]) == len(item["feature"]) == len(item["valid"]) and item["valid"].any()
+
+
+def test_make_targets_and_extras_exist() -> None:
+    makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    for target in re.findall(r"`?make ([a-z ]+)", README):
+        for name in target.split():
+            if name in ("demo", "test", "lint", "bench"):
+                assert re.search(rf"^{name}:", makefile, flags=re.MULTILINE), name
+    for extras in re.findall(r"ditr\[([a-z0-9,]+)\]", README):
+        for extra in extras.split(","):
+            assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
+
+
+def test_every_other_command_is_known() -> None:
+    """Nothing in the README is silently left out by the tests above."""
+    programs = {c.split()[0] for c in commands()}
+    assert programs == {"ditr-cache", "ditr-train", "make", "pip", "torchrun"}
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
