@@ -367,7 +367,7 @@ def test_show_of_an_unknown_sample_or_vfm_names_the_nearest(run: Run, cache: Pat
 def test_show_where_the_picture_cannot_be_written(run: Run, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     outcome = run("show", cache, "scene0000_00", "-o", tmp_path / "file/x.png")
-    assert outcome.code in (1, 2)
+    assert outcome.code == 1
     assert "cannot write" in outcome.err
 
 
@@ -407,8 +407,8 @@ def test_synthesize_is_decided_by_its_seed(run: Run, tmp_path: Path, monkeypatch
 
 def test_console_script(arguments: Arguments, tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("ditr-cache")
-    arguments = [script, *arguments, "--out", tmp_path / "cache", "--json"]
-    extracted = subprocess.run([str(a) for a in arguments], capture_output=True, text=True, timeout=120)
+    command = [script, *arguments, "--out", tmp_path / "cache", "--json"]
+    extracted = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=120)
     assert extracted.returncode == 0, extracted.stderr
     check_totals(json.loads(extracted.stdout))
     assert extracted.stdout.count("\n") == 1

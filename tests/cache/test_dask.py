@@ -212,7 +212,7 @@ def test_no_scheduler_there(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    class Impatient(distributed.Client):  # type: ignore[misc]
+    class Impatient(distributed.Client):
         def __init__(self, address: str, timeout: str) -> None:
             super().__init__(address, timeout="1s")
 

@@ -155,11 +155,11 @@ def test_a_cache_of_several_vfms_is_read_by_key_or_name(extract: Extract, tmp_pa
         cache.read(ROOMS[0])
     with pytest.raises(UsageError, match="several VFMs named 'test_vit'"):
         cache.read(ROOMS[0], vfm="test_vit")
-    assert cache.read(ROOMS[0], vfm="test_efficientnet").feature.shape[1] == 48
+    assert cache.read(ROOMS[0], vfm="test_efficientnet")["feature"].shape[1] == 48
     one, two = (cache.read(ROOMS[0], vfm=key) for key, spec in cache.vfms.items() if spec.name == "test_vit")
     np.testing.assert_array_equal(one.coord, two.coord)
     np.testing.assert_array_equal(one.valid, two.valid)
-    assert np.abs(one.feature - two.feature).max() > 0.1
+    assert np.abs(one["feature"] - two["feature"]).max() > 0.1
     assert all(cache.samples_with(key) == [ROOMS[0]] for key in cache.vfms)
 
 
@@ -244,16 +244,16 @@ def test_fuse_and_codec_are_stores_of_their_own(extract: Extract, tmp_path: Path
     exact = {fuse: read[fuse, "float16"] for fuse in ("mean", "last", "nearest")}
     for fuse, sample in exact.items():
         # float16 and int8 are two roundings of the same rows.
-        peak = np.abs(sample.feature).max(axis=1, keepdims=True)
-        bound = peak / 127 / 2 + np.abs(sample.feature) * 2**-11 + 1e-5
-        assert (np.abs(read[fuse, "int8"].feature - sample.feature) <= bound + peak * 2**-10).all()
+        peak = np.abs(sample["feature"]).max(axis=1, keepdims=True)
+        bound = peak / 127 / 2 + np.abs(sample["feature"]) * 2**-11 + 1e-5
+        assert (np.abs(read[fuse, "int8"]["feature"] - sample["feature"]) <= bound + peak * 2**-10).all()
         np.testing.assert_array_equal(sample.valid, exact["mean"].valid)
     once, often = exact["mean"].link_count == 1, exact["mean"].link_count > 1
     assert once.any() and often.any()
     for fuse in ("last", "nearest"):
         # Where one view sees a point there is nothing to reduce.
-        np.testing.assert_array_equal(exact[fuse].feature[once], exact["mean"].feature[once])
-        assert np.abs(exact[fuse].feature[often] - exact["mean"].feature[often]).max() > 1e-3
+        np.testing.assert_array_equal(exact[fuse]["feature"][once], exact["mean"]["feature"][once])
+        assert np.abs(exact[fuse]["feature"][often] - exact["mean"]["feature"][often]).max() > 1e-3
 
 
 # --- what fails and what is incomplete ------------------------------------------------------------------------------
@@ -363,4 +363,4 @@ def test_batches_do_not_change_the_features(extract: Extract, tmp_path: Path) ->
     extract("--limit", 1, "--batch-size", 1, out="single")
     a, b = (open_cache(tmp_path / name).read(ROOMS[0]) for name in ("cache", "single"))
     np.testing.assert_array_equal(a.valid, b.valid)
-    np.testing.assert_allclose(a.feature, b.feature, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(a["feature"], b["feature"], rtol=2e-3, atol=2e-3)

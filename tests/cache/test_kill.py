@@ -192,7 +192,8 @@ class Killer:
             run_to_the_end(self.extract("incomplete", scenes=1))
             image.write_bytes(whole)
         run_to_the_end(self.extract("clean-1", scenes=1))
-        step, seen = 0, []
+        step = 0
+        seen: list[dict[str, int]] = []
         while True:
             cache = f"stepped-{retry_incomplete}-{step}"
             if retry_incomplete:

@@ -38,7 +38,7 @@ def test_five_real_frames(realdata: Path, tmp_path: Path) -> None:
         for codec in ("float16", "int8")
     )
     np.testing.assert_array_equal(exact.valid, coded.valid)
-    a, b = exact.feature[exact.valid].astype(np.float64), coded.feature[coded.valid].astype(np.float64)
+    a, b = exact["feature"][exact.valid].astype(np.float64), coded["feature"][coded.valid].astype(np.float64)
     cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
     assert cosine.mean() >= 0.999
     sizes = {
