@@ -171,7 +171,9 @@ def info(cache: str, as_json: bool) -> None:
             f"  {vfm['key']}: {vfm['samples']} samples, {vfm['dim']}-d {vfm['codec']}, {vfm['layout']} "
             f"({vfm['fuse']}), grid {vfm['grid'][0]}x{vfm['grid'][1]}, coverage {vfm['coverage']:.1%}, "
             f"{human_bytes(vfm['bytes'])} "
-            f"({per_point:.0f} bytes per point)" + (f", {vfm['incomplete']} incomplete" if vfm["incomplete"] else "")
+            f"({per_point:.0f} bytes per point)"
+            + (f", {vfm['incomplete']} incomplete" if vfm["incomplete"] else "")
+            + (f", {vfm['mismatched']} partitions to extract again" if vfm["mismatched"] else "")
         )
 
 

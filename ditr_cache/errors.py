@@ -63,6 +63,12 @@ class StorageError(CacheError, OSError):
     exit_code = 1
 
 
+class UnwritableError(StorageError):
+    """A place that cannot be written to, found before any work."""
+
+    exit_code = 2
+
+
 class CorruptCacheError(CacheError, OSError):
     """Content on disk is not what its record says."""
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from ditr_cache.datasets.base import Dataset, Partition, open_dataset, partitions
 from ditr_cache.errors import MissingDataError
 from ditr_cache.executors import run_here, run_on_dask
+from ditr_cache.files import Paths, local_path, read_document, remove_leftovers
 from ditr_cache.partition import ExtractSettings, PartitionWorker, committed, reused_summary
 from ditr_cache.progress import PartitionSummary, ProgressDisplay, RunTotals
 from ditr_cache.schema import CacheMetadata, LinkSettings
-from ditr_cache.store import CacheWriter, Paths, local_path, read_document, remove_leftovers
+from ditr_cache.store import CacheWriter
 from ditr_cache.vfm import FrozenVFM
 
 log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditr_cache.errors import MismatchError
 from ditr_cache.schema import FORMAT_VERSION, FeatureRecord, VFMSpec
 from ditr_cache.store import CacheReader
 
@@ -12,7 +13,7 @@ def cache_info(cache: CacheReader) -> dict[str, Any]:
     """The object that `info --json` prints.
 
     `coverage` of a VFM is the fraction of the points of its samples that have a feature; `incomplete` counts
-    partitions that were committed without some of their views.
+    partitions that were committed without some of their views, `mismatched` those whose geometry was made again since.
     """
     infos = [s for record in cache.geometry.values() for s in record.samples]
     points = sum(s.points for s in infos)
@@ -32,8 +33,13 @@ def cache_info(cache: CacheReader) -> dict[str, Any]:
 
 def _vfm_info(cache: CacheReader, spec: VFMSpec) -> dict[str, Any]:
     records: dict[str, FeatureRecord] = {}
+    mismatched = 0
     for partition in cache.geometry:
-        record = cache.feature_record(spec, partition)
+        try:
+            record = cache.feature_record(spec, partition)
+        except MismatchError:
+            mismatched += 1
+            continue
         if record is not None:
             records[partition] = record
     points = sum(s.points for p in records for s in cache.geometry[p].samples)
@@ -51,4 +57,5 @@ def _vfm_info(cache: CacheReader, spec: VFMSpec) -> dict[str, Any]:
         "bytes": sum(sum(r.files.values()) for r in records.values()),
         "coverage": round(sum(sum(r.valid_points) for r in records.values()) / points, 6) if points else 0.0,
         "incomplete": sum(bool(r.broken_views) for r in records.values()),
+        "mismatched": mismatched,
     }

@@ -11,11 +11,12 @@ import numpy as np
 from ditr_cache.datasets.base import Dataset, Partition
 from ditr_cache.errors import DataError
 from ditr_cache.extract import ExtractRequest, resolve
+from ditr_cache.files import Paths, local_path
 from ditr_cache.link import select_views
 from ditr_cache.partition import PartitionWorker, committed, make_geometry
 from ditr_cache.progress import human_bytes, human_count
 from ditr_cache.schema import CacheMetadata, VFMSpec
-from ditr_cache.store import CacheWriter, Paths, local_path
+from ditr_cache.store import CacheWriter
 from ditr_cache.vfm import FrozenVFM
 
 PROBED_SAMPLES = 8

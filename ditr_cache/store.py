@@ -7,18 +7,13 @@ that is missing, cut or altered is found at open (sizes), at read (checksums of 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import logging
 import os
 import shutil
-import socket
 import tempfile
-import time
-import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -36,13 +31,26 @@ from ditr_cache.errors import (
     MissingDataError,
     StorageError,
     UnknownNameError,
+    UnwritableError,
     UsageError,
+)
+from ditr_cache.files import (
+    Paths,
+    check_files,
+    file_name,
+    local_path,
+    read_document,
+    remove_folder,
+    storage_errors,
+    sync,
+    temporary_prefix,
+    umask,
+    write_text,
 )
 from ditr_cache.schema import (
     ArrayInfo,
     BrokenView,
     CacheMetadata,
-    Document,
     FeatureRecord,
     GeometryRecord,
     SampleInfo,
@@ -51,7 +59,6 @@ from ditr_cache.schema import (
 
 log = logging.getLogger(__name__)
 
-D = TypeVar("D", bound=Document)
 R = TypeVar("R", GeometryRecord, FeatureRecord)
 
 CHUNK_BYTES = 1 << 19
@@ -120,82 +127,11 @@ def read_array(folder: Path, name: str, info: ArrayInfo, rows: slice = slice(Non
         ) from error
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def local_path(url: str | os.PathLike[str]) -> Path:
-    """The folder that a cache URL names: a path or file://."""
-    text = os.fspath(url)
-    parts = urllib.parse.urlsplit(text)
-    if len(parts.scheme) > 1 and parts.scheme != "file":
-        raise UsageError(f"cache {text!r}: this version stores caches on a file system, got scheme {parts.scheme!r}")
-    return Path(urllib.parse.unquote(parts.path) if parts.scheme == "file" else text)
-
-
-def file_name(identifier: str) -> str:
-    """A file name for any id: readable, one per id, safe on every file system."""
-    name = urllib.parse.quote(identifier, safe=" +=@,").replace(".", "%2E", 1 if identifier.startswith(".") else 0)
-    if name == "vfm":  # vfm.json is the feature store's own document
-        return "%76fm"
-    if len(name) > 180:
-        name = f"{name[:150]}~{hashlib.sha256(identifier.encode()).hexdigest()[:16]}"
-    return name
-
-
-@contextlib.contextmanager
-def _storage_errors(where: Path, action: str) -> Iterator[None]:
-    try:
-        yield
-    except CacheError:
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        remedy = {
-            errno.ENOSPC: "free space or choose another --out; the same command then continues where it stopped",
-            errno.EDQUOT: "raise the quota or choose another --out; the same command then continues",
-            errno.EACCES: "make it writable or choose another --out",
-            errno.EROFS: "choose another --out on a writable file system",
-        }.get(error.errno or 0, "the same command continues where it stopped once this is mended")
-        raise StorageError(f"cannot {action} {str(where)!r}: {reason}; {remedy}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replace a file atomically and durably."""
-    with _storage_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=_temporary_prefix(), suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o666 & ~_umask())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _write_arrays(folder: Path, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, int]:
     """Write a group of arrays as `folder`, atomically and durably; returns its files with their sizes."""
-    with _storage_errors(folder, "write"):
+    with storage_errors(folder, "write"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), suffix=".tmp", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(), suffix=".tmp", dir=folder.parent))
         try:
             group = zarr.open_group(store=str(temporary), mode="w", zarr_format=3)
             for name, array in arrays.items():
@@ -203,118 +139,19 @@ def _write_arrays(folder: Path, arrays: Mapping[str, NDArray[np.generic]]) -> di
             paths = sorted(p for p in temporary.rglob("*") if p.is_file())
             files = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in paths}
             for path in [*paths, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-                _sync(path)
-            temporary.chmod(0o777 & ~_umask())
+                sync(path)
+            temporary.chmod(0o777 & ~umask())
             remove_folder(folder)
             temporary.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return files
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no reader ever sees half of it."""
-    with _storage_errors(folder, "remove"):
-        if folder.exists():
-            trash = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), suffix=".tmp", dir=folder.parent))
-            folder.rename(trash / "old")
-            shutil.rmtree(trash)
-
-
-def _temporary_prefix() -> str:
-    """Names who writes a temporary file, so that another run can tell a leftover from work in progress."""
-    return f".{socket.gethostname()}+{os.getpid()}+"
-
-
-def remove_leftovers(root: Path) -> int:
-    """Remove temporary files of killed runs from a cache; returns how many there were.
-
-    A leftover is a temporary file of a process of this host that is gone, or one older than a day.
-    """
-    removed = 0
-    for folder in (root, root / "geometry", *(root / "features").glob("*")):
-        for path in folder.glob(".*.tmp"):
-            host, pid, *_ = [*path.name[1:].split("+"), "", ""]
-            with contextlib.suppress(FileNotFoundError):  # its own writer renamed it meanwhile
-                dead = host == socket.gethostname() and pid.isdigit() and not _alive(int(pid))
-                if not dead and time.time() - path.stat().st_mtime < 86400:
-                    continue
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-                removed += 1
-    return removed
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _info(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, ArrayInfo]:
     return {k: ArrayInfo(shape=a.shape, dtype=a.dtype.str, sha256=array_digest(a)) for k, a in arrays.items()}
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Where things lie below a cache's root."""
-
-    root: Path
-
-    @property
-    def metadata(self) -> Path:
-        """`cache.json`."""
-        return self.root / "cache.json"
-
-    @property
-    def geometry(self) -> Path:
-        """Folder of the geometry partitions."""
-        return self.root / "geometry"
-
-    def features(self, key: str) -> Path:
-        """Folder of one VFM's feature partitions."""
-        return self.root / "features" / file_name(key)
-
-    def arrays(self, folder: Path, partition: str) -> Path:
-        """The zarr group of a partition in `folder`."""
-        return folder / f"{file_name(partition)}.zarr"
-
-    def record(self, folder: Path, partition: str) -> Path:
-        """The commit record of a partition in `folder`."""
-        return folder / f"{file_name(partition)}.json"
-
-
-def read_document(path: Path, cls: type[D]) -> D:
-    """A JSON document of the cache. Raises `MissingDataError`, `CorruptCacheError` or `FormatVersionError`."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError as error:
-        raise MissingDataError(f"{str(path)!r} does not exist") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    return cls.from_json(text, str(path))
-
-
-def check_files(folder: Path, files: Mapping[str, int]) -> None:
-    """Raise `CorruptCacheError` where a file that a record names is missing or of another size."""
-    for name, size in files.items():
-        path = folder / name
-        try:
-            got = path.stat().st_size
-        except OSError as error:
-            raise CorruptCacheError(f"{path}: committed but missing; run `ditr-cache verify --repair`") from error
-        if got != size:
-            raise CorruptCacheError(
-                f"{path}: expected {size} bytes as committed, got {got}; run `ditr-cache verify --repair`"
-            )
 
 
 # --- writer ---------------------------------------------------------------------------------------------------------
@@ -333,19 +170,22 @@ class CacheWriter:
 
         Raises:
             MismatchError: the cache exists with other metadata; names each part that differs.
-            StorageError: the folder cannot be written.
+            UsageError: a folder that holds something else.
+            UnwritableError: the folder cannot be written.
         """
         paths = Paths(local_path(url))
         if paths.metadata.exists():
             cls(url).check(metadata)
         elif paths.root.is_dir() and any(p for p in paths.root.iterdir() if not p.name.startswith(".")):
             raise UsageError(f"{str(paths.root)!r} is not empty and not a cache; pass an empty folder as --out")
-        else:
-            _write_text(paths.metadata, metadata.to_json())
-        writer = cls(url)
-        with _storage_errors(paths.root, "write to"), tempfile.TemporaryFile(dir=paths.root) as probe:
-            probe.write(b"\0")
-        return writer
+        try:
+            if not paths.metadata.exists():
+                write_text(paths.metadata, metadata.to_json())
+            with storage_errors(paths.root, "write to"), tempfile.TemporaryFile(dir=paths.root) as probe:
+                probe.write(b"\0")
+        except StorageError as error:
+            raise UnwritableError(str(error)) from error
+        return cls(url)
 
     def check(self, metadata: CacheMetadata) -> None:
         """Raise `MismatchError` where the cache was made with other metadata; names each part that differs."""
@@ -413,7 +253,7 @@ class CacheWriter:
             broken_views=tuple(broken_views),
             seconds=seconds,
         )
-        _write_text(self.paths.record(folder, partition), record.to_json())
+        write_text(self.paths.record(folder, partition), record.to_json())
         return record
 
     def commit_features(
@@ -431,7 +271,7 @@ class CacheWriter:
         folder = self.paths.features(spec.key)
         vfm_file = folder / "vfm.json"
         if not vfm_file.exists():
-            _write_text(vfm_file, spec.to_json())
+            write_text(vfm_file, spec.to_json())
         self._discard(folder, geometry.partition)
         arrays: dict[str, NDArray[Any]] = {"table": rows.table, "index": index}
         if rows.scale is not None:
@@ -449,16 +289,16 @@ class CacheWriter:
             broken_views=tuple(broken_views),
             seconds=seconds,
         )
-        _write_text(self.paths.record(folder, geometry.partition), record.to_json())
+        write_text(self.paths.record(folder, geometry.partition), record.to_json())
         return record
 
     def _discard(self, folder: Path, partition: str) -> None:
         """Take a commit back before its arrays are replaced: at no moment does a record describe other arrays."""
         record = self.paths.record(folder, partition)
-        with _storage_errors(record, "remove"):
+        with storage_errors(record, "remove"):
             if record.exists():
                 record.unlink()
-                _sync(record.parent)
+                sync(record.parent)
 
 
 # --- reader ---------------------------------------------------------------------------------------------------------

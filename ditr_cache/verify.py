@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from ditr_cache.errors import CorruptCacheError, FormatVersionError, MismatchError, MissingDataError
+from ditr_cache.files import Paths, local_path, read_document, remove_folder, remove_leftovers
 from ditr_cache.schema import CacheMetadata, FeatureRecord, GeometryRecord, VFMSpec
-from ditr_cache.store import Paths, array_digest, local_path, read_array, read_document, remove_folder, remove_leftovers
+from ditr_cache.store import array_digest, read_array
 
 
 @dataclass

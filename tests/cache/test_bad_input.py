@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ditr_cache.files
 import ditr_cache.store
 from ditr_cache import cli, open_cache
 from ditr_cache.datasets.ply import read_ply, write_ply
@@ -223,16 +224,16 @@ def test_unwritable_out(extract: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     """Found before any work: a path below a file, a folder without permission, a folder that holds other things."""
     (tmp_path / "file").write_text("x")
     outcome = extract("--out", tmp_path / "file/cache")
-    assert outcome.code == 1 and outcome.out == ""
+    assert outcome.code == 2 and outcome.out == ""
     assert str(tmp_path / "file") in outcome.err and "Not a directory" in outcome.err
 
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ditr_cache.store.tempfile, "mkstemp", denied)
+        patch.setattr(ditr_cache.files.tempfile, "mkstemp", denied)
         outcome = extract("--out", tmp_path / "denied")
-    assert outcome.code == 1 and outcome.out == ""
+    assert outcome.code == 2 and outcome.out == ""
     assert "Permission denied; make it writable or choose another --out" in outcome.err
 
     refused(extract("--out", tmp_path), "is not empty and not a cache", "--out")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ditr_cache import open_cache, store
+from ditr_cache import files, open_cache, store
 from ditr_cache.codecs import decode, encode
 from ditr_cache.errors import (
     CorruptCacheError,
@@ -26,7 +26,8 @@ from ditr_cache.errors import (
     UnknownNameError,
     UsageError,
 )
-from ditr_cache.store import CacheReader, CacheWriter, file_name, local_path, read_array, remove_leftovers
+from ditr_cache.files import file_name, local_path, remove_leftovers
+from ditr_cache.store import CacheReader, CacheWriter, read_array
 from ditr_cache.verify import verify
 
 POINT_ARRAYS = ("coord", "color", "strength", "segment", "instance")
@@ -317,7 +318,7 @@ def test_killed_at_every_change_of_the_disk(writer, make_partition, make_arrays,
         assert all(path.read_bytes() == content for path, content in others.items())
         assert not finished or which == "new"
         with monkeypatch.context() as patch:
-            patch.setattr(store, "_alive", lambda pid: False)
+            patch.setattr(files, "_alive", lambda pid: False)
             remove_leftovers(writer.paths.root)
         assert not list(writer.paths.root.rglob("*.tmp"))
         if finished:
