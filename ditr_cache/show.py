@@ -123,8 +123,9 @@ def show(cache: CacheReader, sample_id: str, path: Path, vfm: str | None = None)
     sample = cache.read(sample_id, vfm)
     columns = layers(cache, sample)
     key = cache.resolve_vfm(vfm).key if cache.vfms else "no features"
-    header = 44
-    sheet = Image.new("RGB", (PANEL * len(columns), header + (PANEL + 18) * len(VIEWPOINTS)), BACKGROUND)
+    header, legend = 44, 22
+    bottom = header + (PANEL + 18) * len(VIEWPOINTS)
+    sheet = Image.new("RGB", (PANEL * len(columns), bottom + legend), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 4), f"{cache.metadata.dataset}  {sample_id}  {len(sample.coord)} points  {key}", fill=(0, 0, 0))
     for x, (title, colors) in enumerate(columns.items()):
@@ -133,8 +134,21 @@ def show(cache: CacheReader, sample_id: str, path: Path, vfm: str | None = None)
             top = header + y * (PANEL + 18)
             sheet.paste(render(sample.coord, colors, axes=axes), (x * PANEL, top + 18))
             draw.text((x * PANEL + 8, top + 2), viewpoint, fill=(90, 90, 90))
+    if sample.segment is not None:
+        _draw_legend(draw, cache, sample.segment, top=bottom)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path, format="PNG")
     except OSError as error:
         raise StorageError(f"cannot write {str(path)!r}: {error}") from error
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, cache: CacheReader, segment: NDArray[np.int16], *, top: int) -> None:
+    """Names of the classes that the sample has, each beside its colour, in one line."""
+    left = 8.0
+    for index in np.unique(segment):
+        if 0 <= index < len(cache.metadata.class_names):
+            name = cache.metadata.class_names[index]
+            draw.rectangle((left, top + 6, left + 10, top + 16), fill=cache.metadata.class_colors[index])
+            draw.text((left + 14, top + 4), name, fill=(0, 0, 0))
+            left += 26 + draw.textlength(name)

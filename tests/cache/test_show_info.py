@@ -169,7 +169,7 @@ def test_show_writes_one_png(cache, tmp_path):
     show.show(cache, "one", path, "fake")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
-        assert picture.size == (4 * PANEL, 44 + 3 * (PANEL + 18))
+        assert picture.size == (4 * PANEL, 44 + 3 * (PANEL + 18) + 22)
         pixels = np.asarray(picture)
     for column in range(4):
         for row in range(3):
