@@ -30,7 +30,7 @@ from ditr_cache.schema import (
     VFMSpec,
     ViewInfo,
 )
-from ditr_cache.store import OPTIONAL_POINT_ARRAYS, CacheWriter
+from ditr_cache.store import LINK_ARRAYS, OPTIONAL_POINT_ARRAYS, CacheWriter
 from ditr_cache.vfm import FrozenVFM, VFMRequest
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class PartitionWorker:
 
     def _make_features(self, geometry: GeometryRecord) -> FeatureRecord:
         started = time.perf_counter()
-        links = self.writer.read_arrays(geometry, ("link_point", "link_uv", "link_depth"))
+        links = self.writer.read_arrays(geometry, LINK_ARRAYS)
         views = [(s, v) for s in geometry.samples for v in s.views]
         table = TokenTable(
             links["link_uv"], [v.links for _, v in views], self.spec.grid, self.spec.dim, self.vfm.device

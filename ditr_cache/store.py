@@ -12,8 +12,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -67,6 +68,9 @@ CHUNK_BYTES = 1 << 19
 SHARD_BYTES = 1 << 28
 """Largest shard before compression: one file per array for nearly every partition."""
 
+REMEMBERED_ARRAYS = 4096
+"""Arrays whose metadata a reader keeps parsed: some kilobytes each, and at every read some milliseconds."""
+
 OPTIONAL_POINT_ARRAYS = ("color", "normal", "strength", "segment", "instance")
 LINK_ARRAYS = ("link_point", "link_uv", "link_depth")
 
@@ -88,6 +92,8 @@ def _write_array(group: zarr.Group, name: str, array: NDArray[np.generic]) -> No
     rows = max(1, min(len(array), 1 << max(0, (CHUNK_BYTES // row_bytes).bit_length() - 1)))
     chunks = (rows, *array.shape[1:])
     shard_rows = rows * max(1, min(-(-len(array) // rows), SHARD_BYTES // max(1, rows * row_bytes)))
+    # A single chunk needs no shard around it, and is read in fewer steps.
+    shards = (shard_rows, *array.shape[1:]) if shard_rows > rows else None
     # Integers of one column (indices, links) shrink many times under bitshuffle; rows of features only under zstd.
     compressors: list[Any] = [ZstdCodec(level=1, checksum=True)]
     if array.ndim == 1 and array.dtype.kind in "iu":
@@ -97,7 +103,7 @@ def _write_array(group: zarr.Group, name: str, array: NDArray[np.generic]) -> No
         shape=array.shape,
         dtype=array.dtype,
         chunks=chunks,
-        shards=(shard_rows, *array.shape[1:]) if len(array) else None,
+        shards=shards,
         compressors=compressors,
         fill_value=0,
     )
@@ -105,20 +111,30 @@ def _write_array(group: zarr.Group, name: str, array: NDArray[np.generic]) -> No
         stored[...] = array
 
 
-def read_array(folder: Path, name: str, info: ArrayInfo, rows: slice = slice(None)) -> NDArray[Any]:
+def _open_array(where: str, info: ArrayInfo) -> zarr.Array[Any]:
+    stored = zarr.open_array(store=where, mode="r")
+    if tuple(stored.shape) != info.shape or stored.dtype != np.dtype(info.dtype):
+        raise CorruptCacheError(
+            f"{where}: expected {info.dtype}{list(info.shape)} as its record says, got "
+            f"{stored.dtype}{list(stored.shape)}; run `ditr-cache verify --repair`"
+        )
+    # Chunks that are all zero are not stored, so these two decide values that no checksum covers.
+    if stored.fill_value != 0 or stored.metadata.to_dict()["chunk_key_encoding"] != _CHUNK_KEYS:
+        raise CorruptCacheError(f"{where}: its zarr.json was altered; run `ditr-cache verify --repair`")
+    return stored
+
+
+def read_array(
+    folder: Path,
+    name: str,
+    info: ArrayInfo,
+    rows: slice = slice(None),
+    open_array: Callable[[str, ArrayInfo], zarr.Array[Any]] = _open_array,
+) -> NDArray[Any]:
     """Rows of one array of a group. Raises `CorruptCacheError` where it cannot be decoded or is not as recorded."""
     where = folder / name
     try:
-        stored = zarr.open_array(store=str(where), mode="r")
-        if tuple(stored.shape) != info.shape or stored.dtype != np.dtype(info.dtype):
-            raise CorruptCacheError(
-                f"{where}: expected {info.dtype}{list(info.shape)} as its record says, got "
-                f"{stored.dtype}{list(stored.shape)}; run `ditr-cache verify --repair`"
-            )
-        # Chunks that are all zero are not stored, so these two decide values that no checksum covers.
-        if stored.fill_value != 0 or stored.metadata.to_dict()["chunk_key_encoding"] != _CHUNK_KEYS:
-            raise CorruptCacheError(f"{where}: its zarr.json was altered; run `ditr-cache verify --repair`")
-        return np.asarray(stored[rows])
+        return np.asarray(open_array(str(where), info)[rows])
     except CacheError:
         raise
     except Exception as error:  # zarr and its codecs raise many types for damaged bytes; all mean the same here
@@ -349,6 +365,18 @@ class CacheReader:
                 )
             self.vfms[spec.key] = spec
         self._features: dict[tuple[str, str], FeatureRecord] = {}
+        self._remember_arrays()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_open_array"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember_arrays()
+
+    def _remember_arrays(self) -> None:
+        """Parse the metadata of an array once, not at every read; no file stays open for it."""
+        self._open_array = lru_cache(maxsize=REMEMBERED_ARRAYS)(_open_array)
 
     @property
     def samples(self) -> list[str]:
@@ -445,7 +473,7 @@ class CacheReader:
         check_files(folder, record.files)
         rows = self._rows(partition, position)
         points: dict[str, Any] = {
-            name: read_array(folder, name, record.arrays[name], rows) if name in record.arrays else None
+            name: self._read(folder, name, record.arrays[name], rows) if name in record.arrays else None
             for name in ("coord", "source_index", *OPTIONAL_POINT_ARRAYS)
         }
         if points["normal"] is not None:
@@ -469,7 +497,7 @@ class CacheReader:
             scale = stored.features.scale
             feature[valid] = decode(stored.features.table[rows], None if scale is None else scale[rows])
         partition, position = self._locate(sample_id)
-        link_point = read_array(
+        link_point = self._read(
             self.paths.arrays(self.paths.geometry, partition),
             "link_point",
             self.geometry[partition].arrays["link_point"],
@@ -490,18 +518,21 @@ class CacheReader:
             )
         folder = self.paths.arrays(self.paths.features(spec.key), partition)
         check_files(folder, record.files)
-        index = read_array(folder, "index", record.arrays["index"], rows)
+        index = self._read(folder, "index", record.arrays["index"], rows)
         used = slice(None)
         if len(self.geometry[partition].samples) > 1:  # a sample's rows stand together: read only these
             present = index[index >= 0]
             used = slice(int(present.min()), int(present.max()) + 1) if len(present) else slice(0, 0)
             index = np.where(index >= 0, index - used.start, -1).astype(np.int32)
         return StoredFeatures(
-            table=read_array(folder, "table", record.arrays["table"], used),
-            scale=read_array(folder, "scale", record.arrays["scale"], used) if "scale" in record.arrays else None,
+            table=self._read(folder, "table", record.arrays["table"], used),
+            scale=self._read(folder, "scale", record.arrays["scale"], used) if "scale" in record.arrays else None,
             index=index,
             spec=spec,
         )
+
+    def _read(self, folder: Path, name: str, info: ArrayInfo, rows: slice = slice(None)) -> NDArray[Any]:
+        return read_array(folder, name, info, rows, self._open_array)
 
     def _locate(self, sample_id: str) -> tuple[str, int]:
         if sample_id not in self._where:

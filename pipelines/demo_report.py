@@ -52,7 +52,8 @@ def write_report(
     frames = sorted((rooms / "scans" / room / "color").glob("*.jpg"), key=lambda p: int(p.stem))
     figures = []
     for number, frame in enumerate(frames[:: max(1, len(frames) // 3)][:3]):
-        Image.open(frame).save(folder / f"frame-{number}.png")
+        with Image.open(frame) as image:
+            image.save(folder / f"frame-{number}.png")
         figures.append((f"frame-{number}.png", f"camera frame {frame.stem}"))
     views = {"above": (0, 1, 2), "side": (0, 2, 1)}
     for number, (title, colors) in enumerate(clouds.items()):

@@ -93,7 +93,8 @@ def test_commands_and_python_run_in_order(place: Path, monkeypatch: pytest.Monke
             run(stand_in(command, place), monkeypatch)
             ran.append(command)
     assert len(ran) >= 11
-    assert Image.open(place / "r.png").size[0] > 400
+    with Image.open(place / "r.png") as picture:
+        assert picture.size[0] > 400
     (python,) = blocks("python")
     names: dict[str, type] = {}
     exec(python, names)

@@ -353,7 +353,7 @@ def test_leftovers(writer, make_partition):
     make_partition(writer, "scene", [("scene", 5)])
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = store.socket.gethostname()
+    host = files.socket.gethostname()
     folder = writer.paths.geometry
     (folder / f".{host}+{dead.pid}+abc.tmp").mkdir()
     (folder / f".{host}+{dead.pid}+abc.tmp" / "x").write_text("half")
