@@ -171,7 +171,7 @@ def read_document(path: Path, cls: type[D]) -> D:
     """A JSON document of the cache. Raises `MissingDataError`, `CorruptCacheError` or `FormatVersionError`."""
     try:
         text = path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingDataError(f"{str(path)!r} does not exist") from error
     except OSError as error:
         raise StorageError(f"cannot read {str(path)!r}: {error.strerror or error}") from error

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -128,15 +128,8 @@ def human_count(number: float) -> str:
     return f"{number:.1f}G"
 
 
-class Listener(Protocol):
-    """Hears of every finished partition."""
-
-    def __call__(self, summary: PartitionSummary) -> None:
-        """One partition is through."""
-
-
 class ProgressDisplay:
-    """A listener that keeps the totals and shows them: a bar on a terminal, else plain lines on stderr."""
+    """Keeps the totals of a run and shows them: a bar on a terminal, else plain lines on stderr."""
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:
         self.totals = RunTotals()

@@ -1,6 +1,6 @@
-"""Sum, mean and maximum over segments of rows; the only importer of torch_scatter.
+"""Sum and maximum over segments of rows; the only importer of torch_scatter.
 
-Sum and mean use torch_scatter where it is installed and torch otherwise, with the same results. The maximum is torch's
+The sum uses torch_scatter where it is installed and torch otherwise, with the same results. The maximum is torch's
 own everywhere: torch_scatter's takes several times as long on a CPU.
 """
 
@@ -52,15 +52,6 @@ def segment_sum(src: Tensor, index: Tensor, size: int) -> Tensor:
     if _torch_scatter is not None:
         return _torch_scatter.scatter(src, index, dim=0, dim_size=size, reduce="sum")
     return src.new_zeros(size, src.shape[1]).index_add(0, index, src)
-
-
-def segment_mean(src: Tensor, index: Tensor, size: int) -> Tensor:
-    """Mean of the rows of each segment, zero for an empty one; arguments and errors of `segment_sum`."""
-    _check(src, index)
-    if _torch_scatter is not None:
-        return _torch_scatter.scatter(src, index, dim=0, dim_size=size, reduce="mean")
-    counts = src.new_zeros(size).index_add(0, index, src.new_ones(len(src)))
-    return segment_sum(src, index, size) / counts.clamp(min=1)[:, None]
 
 
 def segment_max(src: Tensor, index: Tensor, size: int) -> Tensor:

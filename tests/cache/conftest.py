@@ -1,9 +1,8 @@
 """Small caches, weights and datasets that several tests of the cache need."""
 
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,24 @@ import pytest
 from ditr_cache.codecs import encode
 from ditr_cache.schema import CacheMetadata, GeometryRecord, LinkSettings, SampleInfo, VFMSpec, ViewInfo
 from ditr_cache.store import CacheWriter
+from support import Run, call_command
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other where arrays are tiny."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Run:
+    """`ditr-cache ARGUMENTS` in this process."""
+    return partial(call_command, monkeypatch, capsys, caplog)
 
 
 def vfm_spec(**changes: object) -> VFMSpec:
@@ -153,12 +170,9 @@ def bed():
     from ditr_cache.torchvision_compat import declare_missing_operators
 
     declare_missing_operators()
-    path = Path(__file__).with_name("analytic_scene.py")
-    spec = importlib.util.spec_from_file_location("analytic_scene", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    import analytic_scene
+
+    return analytic_scene
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,9 @@ import json
 import resource
 import shutil
 import struct
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,55 +21,14 @@ from PIL import Image
 
 import ditr_cache.files
 import ditr_cache.store
-from ditr_cache import cli, open_cache
+from ditr_cache import open_cache
 from ditr_cache.datasets.ply import read_ply, write_ply
 from ditr_cache.verify import verify
+from support import Outcome, Run
 
 ROOMS = ["scene0000_00", "scene0001_00", "scene0002_00"]
 BAD = ROOMS[1]
 OTHERS = [ROOMS[0], ROOMS[2]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def totals(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Run:
-    """`ditr-cache ARGUMENTS` in this process; no traceback is ever shown or logged."""
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["ditr-cache", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err + caplog.text
-        return Outcome(code, out, err)
-
-    return call
 
 
 @pytest.fixture
@@ -107,8 +64,8 @@ def refused(outcome: Outcome, *parts: object) -> None:
 def sample_failed(outcome: Outcome, cache: Path, *parts: object) -> None:
     """Room `BAD` failed with a message that holds `parts`; the others are done and the cache is clean."""
     assert outcome.code == 1, outcome
-    assert outcome.totals["partitions"] == {"done": 2, "reused": 0, "failed": 1}
-    (failure,) = outcome.totals["failures"]
+    assert outcome.json["partitions"] == {"done": 2, "reused": 0, "failed": 1}
+    (failure,) = outcome.json["failures"]
     assert (failure["sample"], failure["view"]) == (BAD, None)
     assert [str(p) for p in parts if str(p) not in failure["error"]] == [], failure["error"]
     reader = open_cache(cache)
@@ -119,8 +76,8 @@ def sample_failed(outcome: Outcome, cache: Path, *parts: object) -> None:
 def view_failed(outcome: Outcome, cache: Path, view: str, *parts: object) -> None:
     """A view of room `BAD` was left out with a message that holds `parts`; all rooms are done."""
     assert outcome.code == 1, outcome
-    assert outcome.totals["partitions"] == {"done": 3, "reused": 0, "failed": 0}
-    (failure,) = outcome.totals["failures"]
+    assert outcome.json["partitions"] == {"done": 3, "reused": 0, "failed": 0}
+    (failure,) = outcome.json["failures"]
     assert (failure["sample"], failure["view"]) == (BAD, view)
     assert [str(p) for p in parts if str(p) not in failure["error"]] == [], failure["error"]
     assert open_cache(cache).samples_with() == ROOMS
@@ -212,8 +169,8 @@ def test_weights_that_give_nan(extract: Run, cache: Path, tmp_path: Path, make_c
     torch.save(state, tmp_path / "nan.pt")
     outcome = extract("--checkpoint", tmp_path / "nan.pt")
     assert outcome.code == 1
-    assert outcome.totals["partitions"] == {"done": 0, "reused": 0, "failed": 3}
-    assert all("NaN" in f["error"] for f in outcome.totals["failures"])
+    assert outcome.json["partitions"] == {"done": 0, "reused": 0, "failed": 3}
+    assert all("NaN" in f["error"] for f in outcome.json["failures"])
     assert verify(cache).clean
 
 
@@ -265,15 +222,15 @@ def test_full_disk(extract: Run, cache: Path, monkeypatch: pytest.MonkeyPatch, f
         written_calls(patch, fail_at)
         outcome = extract()
     assert outcome.code == 1
-    (failure,) = outcome.totals["failures"]
+    (failure,) = outcome.json["failures"]
     assert "No space left on device" in failure["error"] and "the same command then continues" in failure["error"]
-    assert outcome.totals["partitions"]["failed"] == 1, "a full disk ends the run at once"
+    assert outcome.json["partitions"]["failed"] == 1, "a full disk ends the run at once"
     assert verify(cache).clean
     assert [p for p in cache.rglob(".*") if p.name.endswith(".tmp")] == []
     resumed = extract()
     assert resumed.code == 0
-    assert sum(resumed.totals["partitions"].values()) == 3
-    assert resumed.totals["partitions"]["reused"] == outcome.totals["partitions"]["done"]
+    assert sum(resumed.json["partitions"].values()) == 3
+    assert resumed.json["partitions"]["reused"] == outcome.json["partitions"]["done"]
     assert verify(cache).clean
 
 
@@ -292,8 +249,8 @@ def test_the_system_refuses_to_write(extract: Run, cache: Path) -> None:
     with files_at_most(20_000):
         outcome = extract()
     assert outcome.code == 1
-    assert "File too large" in outcome.totals["failures"][0]["error"]
-    assert "the same command continues" in outcome.totals["failures"][0]["error"]
+    assert "File too large" in outcome.json["failures"][0]["error"]
+    assert "the same command continues" in outcome.json["failures"][0]["error"]
     assert verify(cache).clean
     assert extract().code == 0
 
@@ -332,9 +289,9 @@ def test_features_of_another_geometry(
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
     refused(run("show", cache, ROOMS[0], "-o", tmp_path / "x.png"), "geometry", "digest", "extract")
     report = run("verify", cache, "--json")
-    assert (report.code, len(report.totals["mismatched"])) == (1, 1)
+    assert (report.code, len(report.json["mismatched"])) == (1, 1)
     again = extract("--limit", 1)
-    assert (again.code, again.totals["geometry"]) == (0, {"computed": 0, "reused": 1})
+    assert (again.code, again.json["geometry"]) == (0, {"computed": 0, "reused": 1})
     assert verify(cache).clean
 
 
@@ -402,8 +359,8 @@ def test_singular_intrinsics(extract: Run, root: Path, cache: Path, kind: str, m
 def nothing_seen(outcome: Outcome, cache: Path, *parts: object) -> None:
     """Room `BAD` is committed with its points and no feature, and said to be incomplete."""
     assert outcome.code == 1, outcome
-    assert outcome.totals["partitions"] == {"done": 3, "reused": 0, "failed": 0}
-    failure = outcome.totals["failures"][-1]
+    assert outcome.json["partitions"] == {"done": 3, "reused": 0, "failed": 0}
+    failure = outcome.json["failures"][-1]
     assert (failure["sample"], failure["view"]) == (BAD, None)
     assert [str(p) for p in parts if str(p) not in failure["error"]] == [], failure["error"]
     sample = open_cache(cache).read(BAD)
@@ -498,7 +455,7 @@ def test_sens_damaged_and_whole(extract: Run, root: Path, cache: Path) -> None:
     path.write_bytes(damaged)
     broken = cache.with_name("broken")
     outcome = extract("--out", broken)
-    view = outcome.totals["failures"][0]["view"]
+    view = outcome.json["failures"][0]["view"]
     assert view in ("10", "20")
     view_failed(outcome, broken, view, path, f"frame {view}")
 
@@ -513,12 +470,12 @@ def test_rgbd_capture_without_intrinsics_or_poses(extract: Run, cache: Path, tmp
     arguments = ("--dataset", "rgbd", "--root", tmp_path / "captures")
     outcome = extract(*arguments)
     assert outcome.code == 1
-    assert "camera-intrinsics.txt" in outcome.totals["failures"][0]["error"]
+    assert "camera-intrinsics.txt" in outcome.json["failures"][0]["error"]
     (capture / "camera-intrinsics.txt").write_text("60 0 32\n0 60 24\n0 0 1\n")
     (capture / "frame-000001.pose.txt").unlink()
     outcome = extract(*arguments)
-    assert (outcome.code, outcome.totals["partitions"]["done"]) == (1, 1)
-    (failure,) = outcome.totals["failures"]
+    assert (outcome.code, outcome.json["partitions"]["done"]) == (1, 1)
+    (failure,) = outcome.json["failures"]
     assert (failure["sample"], failure["view"]) == ("room", "frame-000001")
     assert "frame-000001.pose.txt" in failure["error"]
     assert open_cache(cache).read("room").valid.mean() > 0.9

@@ -9,20 +9,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ditr_cache.synthesize
 from ditr_cache import cli, open_cache
 from ditr_cache.partition import PartitionWorker
 from ditr_cache.synthesize import RoomsSettings
+from support import Run
 
 FLAGS = {
     "extract": "--dataset --root --out --split --vfm --checkpoint --image-size --every-nth-frame --max-views --fuse "
@@ -34,48 +33,7 @@ FLAGS = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one object on stdout: a second one, or any other text, fails."""
-        return json.loads(self.out)
-
-
-Run = Callable[..., Outcome]
 Arguments = tuple[object, ...]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other where images are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Run:
-    """`ditr-cache ARGUMENTS` in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["ditr-cache", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err + caplog.text
-        return Outcome(code, out, err)
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,19 @@ from typing import Any
 
 import dask
 import distributed
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
-from ditr_cache import cli, open_cache
+from ditr_cache import cli
 from ditr_cache.errors import UsageError
 from ditr_cache.executors import IN_FLIGHT_PER_WORKER
 from ditr_cache.extract import ExtractRequest, extract
 from ditr_cache.partition import ExtractSettings, PartitionWorker
 from ditr_cache.progress import RunTotals
-from ditr_cache.store import read_array
 from ditr_cache.synthesize import RoomsSettings, synthesize
 from ditr_cache.verify import verify
 from ditr_cache.vfm import VFMRequest
+from support import assert_same
 
 SCENES = 8
 
@@ -53,32 +51,6 @@ def deadly(*arguments):
 
 partition.encode = deadly
 """
-
-
-def contents(cache: Path) -> dict[str, NDArray[Any]]:
-    """Every array of every committed partition."""
-    reader = open_cache(cache)
-    found = {}
-    for partition, record in reader.geometry.items():
-        folders = {reader.paths.geometry: record.arrays}
-        for spec in reader.vfms.values():
-            features = reader.feature_record(spec, partition)
-            if features is not None:
-                folders[reader.paths.features(spec.key)] = features.arrays
-        for folder, arrays in folders.items():
-            for name, info in arrays.items():
-                where = reader.paths.arrays(folder, partition)
-                found[f"{(where / name).relative_to(cache)}"] = read_array(where, name, info)
-    return found
-
-
-def assert_same(first: Path, second: Path) -> None:
-    """Two caches hold the same arrays, bit by bit."""
-    a, b = contents(first), contents(second)
-    assert a.keys() == b.keys()
-    for name, array in a.items():
-        assert array.dtype == b[name].dtype, name
-        np.testing.assert_array_equal(array, b[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")

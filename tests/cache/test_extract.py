@@ -5,31 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 
 from ditr_cache import cli, open_cache
 from ditr_cache.errors import UsageError
 from ditr_cache.partition import PartitionWorker
-from ditr_cache.store import read_array
+from support import Run, assert_same, contents
 
 Outcome = tuple[int, dict[str, Any], str]
 Extract = Callable[..., Outcome]
 ROOMS = ["scene0000_00", "scene0001_00", "scene0002_00"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -37,53 +27,17 @@ def extract(
     tiny_rooms: Path,
     make_checkpoint: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    run: Run,
 ) -> Extract:
     """`ditr-cache extract` of the tiny rooms with a tiny ViT, in this process: exit code, JSON object, stderr."""
 
     def call(*more: object, out: str = "cache", vfm: str = "test_vit", seed: int = 0) -> Outcome:
         named = ["--dataset", "rooms", "--root", tiny_rooms, "--out", tmp_path / out, "--vfm", vfm, "--workers", 0]
         named += ["--checkpoint", make_checkpoint(vfm, seed), "--image-size", "32x64", "--json"]
-        monkeypatch.setattr(sys, "argv", ["ditr-cache", "extract", *map(str, [*named, *more])])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        text, error = capsys.readouterr()
-        assert "Traceback" not in error + caplog.text
-        return code, json.loads(text) if text else {}, error
+        outcome = run("extract", *named, *more)
+        return outcome.code, outcome.json if outcome.out else {}, outcome.err
 
     return call
-
-
-def contents(cache: Path) -> dict[str, NDArray[Any]]:
-    """Every array of every committed partition."""
-    reader = open_cache(cache)
-    found = {}
-    for partition, record in reader.geometry.items():
-        folders = {reader.paths.geometry: record.arrays}
-        for spec in reader.vfms.values():
-            features = reader.feature_record(spec, partition)
-            if features is not None:
-                folders[reader.paths.features(spec.key)] = features.arrays
-        for folder, arrays in folders.items():
-            for name, info in arrays.items():
-                where = reader.paths.arrays(folder, partition)
-                found[f"{(where / name).relative_to(cache)}"] = read_array(where, name, info)
-    return found
-
-
-def assert_same(first: Path, second: Path) -> None:
-    """Two caches hold the same arrays, bit by bit."""
-    a, b = contents(first), contents(second)
-    assert a.keys() == b.keys()
-    for name, array in a.items():
-        assert array.dtype == b[name].dtype, name
-        np.testing.assert_array_equal(array, b[name], err_msg=name)
 
 
 def refuse(*_: object, **__: object) -> Any:

@@ -19,49 +19,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ditr_cache import cli, open_cache
-from ditr_cache.store import read_array
 from ditr_cache.synthesize import RoomsSettings, synthesize
 from ditr_cache.verify import verify
+from support import assert_same
 
 KILLS = 20
 SCENES = 6
 
 
 # --- one cache, looked at -------------------------------------------------------------------------------------------
-
-
-def contents(cache: Path) -> dict[str, NDArray[Any]]:
-    """Every array of every committed partition."""
-    reader = open_cache(cache)
-    found = {}
-    for partition, record in reader.geometry.items():
-        folders = {reader.paths.geometry: record.arrays}
-        for spec in reader.vfms.values():
-            features = reader.feature_record(spec, partition)
-            if features is not None:
-                folders[reader.paths.features(spec.key)] = features.arrays
-        for folder, arrays in folders.items():
-            for name, info in arrays.items():
-                where = reader.paths.arrays(folder, partition)
-                found[f"{(where / name).relative_to(cache)}"] = read_array(where, name, info)
-    return found
-
-
-def digests(cache: Path) -> dict[str, str]:
-    return {partition: record.digest for partition, record in open_cache(cache).geometry.items()}
-
-
-def assert_same(first: Path, second: Path) -> None:
-    """Two caches hold the same arrays, bit by bit, under the same digests."""
-    a, b = contents(first), contents(second)
-    assert a.keys() == b.keys()
-    for name, array in a.items():
-        assert array.dtype == b[name].dtype, name
-        np.testing.assert_array_equal(array, b[name], err_msg=name)
-    assert digests(first) == digests(second)
 
 
 def temporaries(cache: Path) -> list[str]:

@@ -2,53 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from ditr_cache import cli, open_cache
 from ditr_cache.errors import CacheError
 from ditr_cache.store import CacheReader, read_array
 from ditr_cache.verify import verify
+from support import Run
 
 ROOMS = ["scene0000_00", "scene0001_00", "scene0002_00"]
 GEOMETRY, FEATURES = f"geometry/{ROOMS[0]}", f"features/{{key}}/{ROOMS[0]}"
 Call = Callable[..., tuple[int, dict[str, Any], str]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Call:
+def call(run: Run) -> Call:
     """`ditr-cache ARGUMENTS --json` in this process: exit code, JSON object, stderr."""
 
-    def run(*arguments: object) -> tuple[int, dict[str, Any], str]:
-        monkeypatch.setattr(sys, "argv", ["ditr-cache", *map(str, arguments), "--json"])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        text, error = capsys.readouterr()
-        assert "Traceback" not in error + caplog.text
-        return code, json.loads(text) if text else {}, error
+    def with_json(*arguments: object) -> tuple[int, dict[str, Any], str]:
+        outcome = run(*arguments, "--json")
+        return outcome.code, outcome.json if outcome.out else {}, outcome.err
 
-    return run
+    return with_json
 
 
 @pytest.fixture(scope="module")

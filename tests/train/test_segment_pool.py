@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ditr_cache.errors import DataError
 from ditr_train.models import segment_pool
-from ditr_train.models.segment_pool import segment_max, segment_mean, segment_sum
+from ditr_train.models.segment_pool import segment_max, segment_sum
 
 REDUCES: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda rows: rows.sum(dim=0),
-    "mean": lambda rows: rows.mean(dim=0),
     "max": lambda rows: rows.amax(dim=0),
 }
-FUNCTIONS = {"sum": segment_sum, "mean": segment_mean, "max": segment_max}
+FUNCTIONS = {"sum": segment_sum, "max": segment_max}
 SIZE = 9
 
 

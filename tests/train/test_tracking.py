@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from ditr_cache.errors import StorageError
-from ditr_train.report import class_table, runs_table
+from ditr_train.report import class_table
 from ditr_train.tracking import MetricsLog, Tracker, TrainProgress, flat, read_metrics
 
 RESULTS = {
@@ -81,13 +81,8 @@ def test_progress_can_be_silent() -> None:
     assert lines(TrainProgress(4, console=Console(file=output), enabled=False), output) == ""
 
 
-def test_tables(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.write("train", step=2, data_wait=0.01, seconds_per_step=0.5)
-    log.write("val", step=2, **RESULTS)
-    log.close()
+def test_class_table() -> None:
     console = Console(file=io.StringIO(), width=200, record=True)
     console.print(class_table(RESULTS))
-    console.print(runs_table([tmp_path]))
     text = console.export_text()
-    assert "wall" in text and "50.00" in text and "1.00" in text and "0.500" in text
+    assert "wall" in text and "50.00" in text
