@@ -84,7 +84,9 @@ def run_on_dask(
                 raise UsageError(f"no dask scheduler answers at {scheduler!r} within 20 s: {error}") from error
             if not client.scheduler_info()["workers"]:
                 raise UsageError(f"the dask scheduler at {scheduler!r} has no workers; start some with `dask worker`")
-        _set_up(client, settings, expected_key, threads=max(1, (os.cpu_count() or 1) // max(1, workers)))
+        # Local workers share this machine's cores; how many threads a worker elsewhere may use, its owner has set.
+        threads = max(1, (os.cpu_count() or 1) // workers) if scheduler is None else None
+        _set_up(client, settings, expected_key, threads)
         resources = _gpu_resource(client)
         queue = iter(partitions)
         waiting: Any = as_completed()
@@ -131,14 +133,15 @@ class _WorkerSetup:
     name = _PLUGIN
     idempotent = False
 
-    def __init__(self, settings: ExtractSettings, expected_key: str, threads: int) -> None:
+    def __init__(self, settings: ExtractSettings, expected_key: str, threads: int | None) -> None:
         self.settings, self.expected_key, self.threads = settings, expected_key, threads
 
     def setup(self, worker: Any) -> None:
         """Called by dask on every worker, also on those that join later."""
         import torch
 
-        torch.set_num_threads(self.threads)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         settings = self.settings
         if settings.vfm.device in ("auto", "cuda") and torch.cuda.device_count() > 1 and isinstance(worker.name, int):
             device = f"cuda:{worker.name % torch.cuda.device_count()}"
@@ -150,7 +153,7 @@ class _WorkerSetup:
         del worker.ditr_partition_worker
 
 
-def _set_up(client: Any, settings: ExtractSettings, expected_key: str, threads: int) -> None:
+def _set_up(client: Any, settings: ExtractSettings, expected_key: str, threads: int | None) -> None:
     from distributed import WorkerPlugin
 
     plugin = type("DitrWorkerSetup", (_WorkerSetup, WorkerPlugin), {})(settings, expected_key, threads)
