@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ditr_cache.datasets.base import Dataset, Partition
 from ditr_cache.errors import DataError
 from ditr_cache.extract import ExtractRequest, resolve
 from ditr_cache.files import Paths, local_path
+from ditr_cache.lift import TokenTable, fuse
 from ditr_cache.link import select_views
 from ditr_cache.partition import PartitionWorker, committed, make_geometry
 from ditr_cache.progress import human_bytes, human_count
-from ditr_cache.schema import CacheMetadata, VFMSpec
-from ditr_cache.store import CacheWriter
+from ditr_cache.schema import CacheMetadata, GeometryRecord, VFMSpec
+from ditr_cache.store import LINK_ARRAYS, CacheWriter
 from ditr_cache.vfm import FrozenVFM
 
 PROBED_SAMPLES = 8
@@ -150,17 +152,36 @@ def _probe(
         raise failure
     few = replace(metadata, links=replace(metadata.links, max_views=PROBED_IMAGES))
     CacheWriter.create(folder / "few", few)
-    worker = PartitionWorker(replace(request.settings, cache=str(folder / "few")), vfm)
+    # Of few views most points repeat the row of a neighbour, which compresses as the rows of all views will not:
+    # fused by `last`, every row is stored once, and tells what a row of its own takes.
+    worker = PartitionWorker(replace(request.settings, cache=str(folder / "few"), fuse="last"), vfm)
     vfm.embed([np.zeros((*vfm.spec.image_size, 3), dtype=np.uint8)])  # the first pass is never a typical one
     worker(partition)
     features = worker.writer.features(worker.spec, partition.id)
-    images = features.images if features is not None else 0
-    rows = max(1, sum(features.valid_points)) if features is not None else 1
-    feature_bytes = sum(features.files.values()) if features is not None else 0
+    points = sum(s.points for s in geometry.samples)
+    bytes_per_row = other_bytes = seconds_per_image = 0.0
+    if features is not None and features.images:
+        row_bytes = sum(n for name, n in features.files.items() if name.startswith(("table/c/", "scale/c/")))
+        bytes_per_row = row_bytes / max(1, features.rows)
+        other_bytes = sum(features.files.values()) - row_bytes
+        seconds_per_image = features.seconds / features.images
     return _Probe(
-        points=sum(s.points for s in geometry.samples),
+        points=points,
         geometry_bytes=sum(geometry.files.values()),
         geometry_seconds=geometry.seconds,
-        feature_bytes=feature_bytes / rows * sum(s.linked_points for s in geometry.samples),
-        seconds_per_image=features.seconds / images if features is not None and images else 0.0,
+        feature_bytes=bytes_per_row * _count_rows(full, geometry, vfm, request.settings.fuse) + other_bytes,
+        seconds_per_image=seconds_per_image,
     )
+
+
+def _count_rows(writer: CacheWriter, geometry: GeometryRecord, vfm: FrozenVFM, how: str) -> int:
+    """Different rows that the features of a partition will have: known from its links, without the VFM.
+
+    Points that see the same tokens have equal rows, and equal rows of neighbours compress to next to nothing.
+    """
+    links = writer.read_arrays(geometry, LINK_ARRAYS)
+    per_view = [v.links for s in geometry.samples for v in s.views]
+    table = TokenTable(links["link_uv"], per_view, vfm.spec.grid, dim=1, device=torch.device("cpu"))
+    table.rows.uniform_(generator=torch.Generator().manual_seed(0))  # tokens that differ, as true ones do
+    rows, _ = fuse(table, links["link_point"], links["link_depth"], sum(s.points for s in geometry.samples), how)
+    return len(np.unique(rows))
