@@ -15,7 +15,7 @@ from ditr_cache.partition import ExtractSettings, PartitionWorker, committed, re
 from ditr_cache.progress import PartitionSummary, ProgressDisplay, RunTotals
 from ditr_cache.schema import CacheMetadata, LinkSettings
 from ditr_cache.store import CacheWriter
-from ditr_cache.vfm import FrozenVFM
+from ditr_cache.vfm import FrozenVFM, resolve_device
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,11 @@ def extract(request: ExtractRequest, *, quiet: bool = False) -> RunTotals:
         CacheError: wrong use or unusable input, found before work starts.
     """
     _, wanted, metadata = resolve(request)
-    vfm = FrozenVFM(request.settings.vfm)
+    if request.scheduler is None:  # the workers of a scheduler elsewhere have devices of their own
+        resolve_device(request.settings.vfm.device)
+    # Workers load their own model: for them only its identity is needed here, and no memory of a device.
+    here = request.workers == 0 and request.scheduler is None
+    vfm = FrozenVFM(request.settings.vfm if here else replace(request.settings.vfm, device="cpu"))
     spec = request.settings.complete_spec(vfm.spec)
     writer = CacheWriter.create(request.settings.cache, metadata)
     leftovers = remove_leftovers(writer.paths.root)
@@ -84,6 +88,8 @@ def extract(request: ExtractRequest, *, quiet: bool = False) -> RunTotals:
                 display(reused_summary(geometry, features))
             else:
                 missing.append(partition)
+        if not missing:
+            return display.totals
         with contextlib.closing(_run(request, vfm, spec.key, missing)) as summaries:
             for summary in summaries:
                 display(summary)
@@ -95,9 +101,16 @@ def extract(request: ExtractRequest, *, quiet: bool = False) -> RunTotals:
 def _run(
     request: ExtractRequest, vfm: FrozenVFM, key: str, wanted: Sequence[Partition]
 ) -> Generator[PartitionSummary, None, None]:
-    if not wanted or (request.workers == 0 and request.scheduler is None):
+    if request.workers == 0 and request.scheduler is None:
         return run_here(PartitionWorker(request.settings, vfm), wanted)
+    workers = request.workers or _processes(request)
+    return run_on_dask(request.settings, key, wanted, workers=workers, scheduler=request.scheduler)
+
+
+def _processes(request: ExtractRequest) -> int:
+    """Local processes where none are asked for: one per GPU, one where there is none."""
+    if request.scheduler is not None or resolve_device(request.settings.vfm.device).type != "cuda":
+        return 1
     import torch
 
-    workers = request.workers or max(1, torch.cuda.device_count() if vfm.device.type == "cuda" else 1)
-    return run_on_dask(request.settings, key, wanted, workers=workers, scheduler=request.scheduler)
+    return torch.cuda.device_count()

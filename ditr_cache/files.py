@@ -116,7 +116,8 @@ def remove_leftovers(root: Path) -> int:
     for folder in (root, root / "geometry", *(root / "features").glob("*")):
         for path in folder.glob(".*.tmp"):
             host, pid, *_ = [*path.name[1:].split("+"), "", ""]
-            with contextlib.suppress(FileNotFoundError):  # its own writer renamed it meanwhile
+            # Not there: its own writer renamed it meanwhile.
+            with storage_errors(path, "remove"), contextlib.suppress(FileNotFoundError):
                 dead = host == socket.gethostname() and pid.isdigit() and not _alive(int(pid))
                 if not dead and time.time() - path.stat().st_mtime < 86400:
                     continue
