@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,3 +94,13 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         yield Processes(rank, world, chosen)
     finally:
         dist.destroy_process_group()
+
+
+AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""`training.amp` -> dtype of autocast."""
+
+
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
+    """Mixed precision as the recipe says, on a GPU only: a CPU always computes in float32."""
+    enabled = amp != "off" and device.type == "cuda"
+    return torch.autocast(device.type, dtype=AMP_DTYPES.get(amp), enabled=enabled)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ditr_cache.errors import DataError, MissingDataError
 from ditr_cache.store import open_cache
-from ditr_train.checkpoint import load_checkpoint
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.data.loader import BatchLoader, EvalBatches, collate
 from ditr_train.data.sample import PointBatch
-from ditr_train.distributed import Processes, choose_device
+from ditr_train.distributed import Processes, autocast
 from ditr_train.metrics import ConfusionMatrix
-from ditr_train.models.segmentor import Segmentor, build_segmentor
-from ditr_train.recipe import Recipe
-from ditr_train.run_folder import RunFolder, RunInfo
-
-AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-"""`training.amp` -> dtype of autocast."""
-
-
-def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    """Mixed precision as the recipe says, on a GPU only: a CPU always computes in float32."""
-    enabled = amp != "off" and device.type == "cuda"
-    return torch.autocast(device.type, dtype=AMP_DTYPES.get(amp), enabled=enabled)
+from ditr_train.trained import TrainedRun, load_run
 
 
 class Evaluator:
@@ -85,87 +70,6 @@ def predict(model: nn.Module, batch: PointBatch, amp: str = "off") -> torch.Tens
             return model(batch).argmax(dim=1)[batch.inverse]
     finally:
         model.train(training)
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A trained network with what it needs to be used.
-
-    Args:
-        recipe: of the run, with the cache that it is used on.
-        info: what it was made from.
-        model: in evaluation mode, on `device`.
-        device: where it computes.
-        step: of the checkpoint.
-    """
-
-    recipe: Recipe
-    info: RunInfo
-    model: Segmentor
-    device: torch.device
-    step: int
-
-    def dataset(self, split: str, *, labelled: bool = True) -> CachedDataset:
-        """A split of the run's cache, as the network expects it.
-
-        Raises:
-            MismatchError: the cache's classes or features are not those of the run.
-            CacheError: as `CachedDataset`.
-        """
-        dataset = CachedDataset(
-            open_cache(self.recipe.require_cache()),
-            split,
-            grid_size=self.recipe.data.grid_size,
-            feat=self.recipe.data.feat,
-            vfm=self.recipe.vfm,
-            class_names=self.info.class_names,
-            labelled=labelled,
-        )
-        self.info.check_vfm(dataset.vfm)
-        return dataset
-
-
-def load_run(
-    run_dir: str | Path, *, device: str = "auto", checkpoint: str = "best", cache: str | None = None
-) -> TrainedRun:
-    """The network of a run folder.
-
-    Args:
-        run_dir: made by `ditr-train run`.
-        device: auto, cpu or cuda.
-        checkpoint: `best` (highest mIoU on the validation split) or `last`.
-        cache: use this cache instead of the recipe's, say after it was moved.
-
-    Raises:
-        MissingDataError: not a run folder, or no such checkpoint in it yet.
-        DataError: a checkpoint that is damaged or of another network.
-        DeviceError: CUDA asked for and absent.
-    """
-    chosen, folder = choose_device(device), RunFolder(Path(run_dir))
-    recipe, info = folder.open()
-    path = {"best": folder.best, "last": folder.last}[checkpoint]
-    if not path.exists():
-        raise MissingDataError(
-            f"run folder {str(folder.path)!r} has no {path.name} yet; let it train to its first evaluation "
-            "(`ditr-train run ... --resume`)"
-        )
-    state = load_checkpoint(path)
-    model = build_segmentor(
-        recipe.model,
-        in_channels=info.in_channels,
-        num_classes=len(info.class_names),
-        feature_dim=None if info.vfm is None else info.vfm["dim"],
-    )
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise DataError(
-            f"checkpoint {str(path)!r} does not fit the network of {folder.recipe.name}: "
-            f"{str(error).splitlines()[-1].strip()}; one of the two was replaced"
-        ) from error
-    if cache is not None:
-        recipe = recipe.model_copy(update={"cache": cache})
-    return TrainedRun(recipe, info, model.to(chosen).eval(), chosen, int(state["step"]))
 
 
 def evaluate(

@@ -29,8 +29,8 @@ from ditr_train.checkpoint import load_checkpoint, save_checkpoint
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.data.loader import BatchLoader, TrainBatches, TrainPlan
 from ditr_train.data.sample import PointBatch
-from ditr_train.distributed import Processes, processes
-from ditr_train.evaluate import Evaluator, autocast
+from ditr_train.distributed import Processes, autocast, processes
+from ditr_train.evaluate import Evaluator
 from ditr_train.losses import segmentation_loss
 from ditr_train.models.segmentor import build_segmentor
 from ditr_train.optim import build_optimizer, build_scheduler

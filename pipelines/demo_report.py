@@ -13,7 +13,8 @@ from PIL import Image
 
 from ditr_cache import open_cache
 from ditr_cache.show import label_colors, pca_colors, render
-from ditr_train.evaluate import load_run, predict_sample
+from ditr_train.evaluate import predict_sample
+from ditr_train.trained import load_run
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; color: #222; padding: 0 1rem }
