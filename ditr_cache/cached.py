@@ -9,7 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditr_cache.errors import MismatchError, UnknownNameError
 from ditr_cache.schema import VFMSpec
+
+VIEW_CHOICES = ("last", "nearest", "random")
+"""Which view gives a point its feature, where the cache holds all of them (layout `views`)."""
+
+
+def check_view(spec: VFMSpec, view: str | None) -> None:
+    """Raise `UnknownNameError` or `MismatchError` where features of a VFM leave no such choice of view."""
+    if view is None:
+        return
+    if view not in VIEW_CHOICES:
+        raise UnknownNameError.of("choice of view", view, VIEW_CHOICES)
+    if spec.layout != "views":
+        raise MismatchError(
+            f"view {view!r} was asked for, but {spec.key!r} holds one feature per point ({spec.layout}, {spec.fuse}): "
+            "extract with --layout views to choose among a point's views, or leave the choice out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -53,7 +53,14 @@ def cli(verbose: bool) -> None:
 @click.option("--occlusion-tolerance", type=click.FloatRange(min=0), help="Metres.  [default: 0.2]")
 @click.option("--depth-min", type=click.FloatRange(min=0), help="Metres; nearer points are not linked.  [default: 0.1]")
 @click.option("--depth-max", type=click.FloatRange(min=0), help="Metres; farther points are not linked.")
-@click.option("--fuse", type=click.Choice(["mean", "last", "nearest"]), default="mean", show_default=True)
+@click.option(
+    "--layout",
+    type=click.Choice(["fused", "views"]),
+    default="fused",
+    show_default=True,
+    help="One feature per point, or the tokens of all its views, for the trainer to choose from.",
+)
+@click.option("--fuse", type=click.Choice(["mean", "last", "nearest"]), help="Of a point's views.  [default: mean]")
 @click.option("--codec", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--compile", "compile_", is_flag=True, help="Run the VFM through torch.compile.")
@@ -78,7 +85,8 @@ def extract(
     image_size: tuple[int, int] | None,
     device: str,
     compile_: bool,
-    fuse: str,
+    layout: str,
+    fuse: str | None,
     codec: str,
     batch_size: int | None,
     workers: int | None,
@@ -112,6 +120,7 @@ def extract(
                 device=device,
                 compile=compile_,
             ),
+            layout=layout,
             fuse=fuse,
             codec=codec,
             retry_incomplete=retry_incomplete,
@@ -162,14 +171,16 @@ def info(cache: str, as_json: bool) -> None:
         return
     click.echo(
         f"{found['dataset']}: {found['samples']} samples, {human_count(found['points'])} points, "
-        f"{found['views']} views, coverage {found['coverage']:.1%}, geometry {human_bytes(found['geometry_bytes'])}"
+        f"{found['views']} views ({found['views_per_point']:.1f} see a linked point), coverage "
+        f"{found['coverage']:.1%}, geometry {human_bytes(found['geometry_bytes'])}"
         + (f", {found['incomplete']} incomplete" if found["incomplete"] else "")
     )
     for vfm in found["vfms"]:
         per_point = vfm["bytes"] / max(1, found["points"])
         click.echo(
-            f"  {vfm['key']}: {vfm['samples']} samples, {vfm['dim']}-d {vfm['codec']}, {vfm['layout']} "
-            f"({vfm['fuse']}), grid {vfm['grid'][0]}x{vfm['grid'][1]}, coverage {vfm['coverage']:.1%}, "
+            f"  {vfm['key']}: {vfm['samples']} samples, {vfm['dim']}-d {vfm['codec']}, {vfm['layout']}"
+            + (f" ({vfm['fuse']})" if vfm["layout"] == "fused" else "")
+            + f", grid {vfm['grid'][0]}x{vfm['grid'][1]}, coverage {vfm['coverage']:.1%}, "
             f"{human_bytes(vfm['bytes'])} "
             f"({per_point:.0f} bytes per point)"
             + (f", {vfm['incomplete']} incomplete" if vfm["incomplete"] else "")

@@ -14,17 +14,21 @@ def cache_info(cache: CacheReader) -> dict[str, Any]:
 
     `coverage` of a VFM is the fraction of the points of its samples that have a feature; `incomplete` counts
     partitions that were committed without some of their views, `mismatched` those whose geometry was made again since.
+    `views_per_point` is the mean number of views that see a linked point.
     """
     infos = [s for record in cache.geometry.values() for s in record.samples]
     points = sum(s.points for s in infos)
+    linked_points = sum(s.linked_points for s in infos)
+    links = sum(v.links for s in infos for v in s.views)
     return {
         "format_version": FORMAT_VERSION,
         "dataset": cache.metadata.dataset,
         "samples": len(infos),
         "points": points,
-        "coverage": round(sum(s.linked_points for s in infos) / points, 6) if points else 0.0,
+        "coverage": round(linked_points / points, 6) if points else 0.0,
         "views": sum(len(s.views) for s in infos),
-        "links": sum(v.links for s in infos for v in s.views),
+        "links": links,
+        "views_per_point": round(links / linked_points, 3) if linked_points else 0.0,
         "geometry_bytes": sum(sum(r.files.values()) for r in cache.geometry.values()),
         "incomplete": sum(bool(r.broken_views) for r in cache.geometry.values()),
         "vfms": [_vfm_info(cache, spec) for spec in cache.vfms.values()],

@@ -1,4 +1,4 @@
-"""Tokens + links -> rows: from the patches of the views to one feature per visible point (layout `fused`)."""
+"""Tokens + links -> rows: one per visible point (layout `fused`), or every token that a link sees (`views`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ditr_cache.errors import UnknownNameError
 from ditr_cache.geometry import patch_index
+from ditr_cache.views import LinkedRows
 
 FUSE = ("mean", "last", "nearest")
 """How a point's views are reduced: the mean, the last in time (DITR at validation), or the closest camera."""
@@ -41,11 +42,12 @@ class TokenTable:
     ) -> None:
         self.link_row = np.full(len(uv), -1, dtype=np.int64)
         """[L] row of each link; -1 for links of views that were dropped."""
-        self._ends = np.cumsum([0, *links_per_view])
+        self.ends = np.cumsum(links_per_view, dtype=np.int64)
+        """[V] number of links up to the end of each view."""
         self._tokens: list[NDArray[np.int64]] = []
         self._starts = [0]
         for view in range(len(links_per_view)):
-            part = slice(int(self._ends[view]), int(self._ends[view + 1]))
+            part = self._links(view)
             tokens, inverse = np.unique(patch_index(uv[part], grid), return_inverse=True)
             self.link_row[part] = self._starts[-1] + inverse
             self._tokens.append(tokens)
@@ -60,7 +62,25 @@ class TokenTable:
 
     def drop(self, view: int) -> None:
         """Forget the links of a view that could not be embedded."""
-        self.link_row[self._ends[view] : self._ends[view + 1]] = -1
+        self.link_row[self._links(view)] = -1
+
+    def _links(self, view: int) -> slice:
+        return slice(int(self.ends[view - 1]) if view else 0, int(self.ends[view]))
+
+
+def every_token(table: TokenTable) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Every token that a link sees, once: nothing is reduced.
+
+    Returns:
+        rows [T, C] float32, in the order of the views and of the tokens in each, and index [L] int32, the row of each
+        link, -1 for links of views that were dropped.
+    """
+    used = np.zeros(len(table.rows), dtype=bool)
+    used[table.link_row[table.link_row >= 0]] = True
+    # The last entry is what position -1 reads.
+    position = np.append(np.cumsum(used) - 1, -1)
+    rows = table.rows if used.all() else table.rows[torch.from_numpy(np.flatnonzero(used))]
+    return rows.cpu().numpy(), position[table.link_row].astype(np.int32)
 
 
 def fuse(
@@ -85,19 +105,17 @@ def fuse(
     """
     if how not in FUSE:
         raise UnknownNameError.of("fuse", how, FUSE)
-    alive = table.link_row >= 0
-    point, row = link_point[alive].astype(np.int64), table.link_row[alive]
-    index = np.full(num_points, -1, dtype=np.int64)
     if how == "mean":
+        alive = table.link_row >= 0
+        point, row = link_point[alive].astype(np.int64), table.link_row[alive]
+        index = np.full(num_points, -1, dtype=np.int64)
         order = np.argsort(point, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(point, minlength=num_points))])
         visible = np.flatnonzero(np.diff(starts))
         index[visible] = np.arange(len(visible))
         return _mean_rows(table.rows, row[order], starts[:-1][visible], starts[1:][visible]), index.astype(np.int32)
-    if how == "nearest":
-        far_to_near = np.argsort(-link_depth[alive].astype(np.float32), kind="stable")
-        point, row = point[far_to_near], row[far_to_near]
-    index[point] = row  # of links to the same point the last assignment stays
+    links = LinkedRows(row=table.link_row, point=link_point, ends=table.ends, points=num_points)
+    index = (links.last() if how == "last" else links.nearest(link_depth)).astype(np.int64)
     valid = index >= 0
     used, first, inverse = np.unique(index[valid], return_index=True, return_inverse=True)
     by_first_use = np.argsort(first, kind="stable")

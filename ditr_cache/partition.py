@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 
 from ditr_cache.codecs import encode
 from ditr_cache.datasets.base import Partition, open_dataset
-from ditr_cache.errors import CacheError, DataError, StorageError, UsageError
+from ditr_cache.errors import CacheError, DataError, StorageError, UnknownNameError, UsageError
 from ditr_cache.geometry import morton_order, point_spacing
-from ditr_cache.lift import TokenTable, fuse
+from ditr_cache.lift import TokenTable, every_token, fuse
 from ditr_cache.link import Links, concatenate, link_view, select_views
 from ditr_cache.progress import PartitionSummary
 from ditr_cache.sample import Points, Sample
 from ditr_cache.schema import (
+    LAYOUTS,
+    NOT_FUSED,
     BrokenView,
     FeatureRecord,
     GeometryRecord,
@@ -52,23 +54,40 @@ class ExtractSettings:
         dataset, root: which dataset, and where.
         cache: URL of the cache.
         vfm: the model that was asked for.
-        fuse, codec: how features are reduced and stored.
+        layout: one of `LAYOUTS`.
+        fuse: how a point's views are reduced in the layout `fused`; None: `mean`.
+        codec: how rows are stored.
         retry_incomplete: redo partitions that were committed without some of their views.
         batch_size: images per forward pass; None: 32 on a GPU, 1 on a CPU, where a larger batch only misses the caches.
+
+    Raises:
+        UnknownNameError: no such layout.
+        UsageError: `fuse` for a layout that reduces nothing.
     """
 
     dataset: str
     root: str
     cache: str
     vfm: VFMRequest
-    fuse: str = "mean"
+    layout: str = "fused"
+    fuse: str | None = None
     codec: str = "float16"
     retry_incomplete: bool = False
     batch_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UnknownNameError.of("layout", self.layout, LAYOUTS)
+        if self.layout == "views" and self.fuse is not None:
+            raise UsageError(
+                f"--fuse {self.fuse} reduces the views of a point, but --layout views keeps them all and leaves the "
+                "choice to the reader; leave --fuse out, or use --layout fused"
+            )
+
     def complete_spec(self, spec: VFMSpec) -> VFMSpec:
         """The model's spec with what these settings add to the identity of the features."""
-        return replace(spec, fuse=self.fuse, codec=self.codec)
+        fuse = NOT_FUSED if self.layout == "views" else self.fuse or "mean"
+        return replace(spec, layout=self.layout, fuse=fuse, codec=self.codec)
 
 
 class PartitionWorker:
@@ -158,8 +177,11 @@ class PartitionWorker:
                     table.put(j, grid)
                 images += len(batch)
                 batch.clear()
-        points = sum(s.points for s in geometry.samples)
-        rows, index = fuse(table, links["link_point"], links["link_depth"], points, self.settings.fuse)
+        if self.spec.layout == "views":
+            rows, index = every_token(table)
+        else:
+            points = sum(s.points for s in geometry.samples)
+            rows, index = fuse(table, links["link_point"], links["link_depth"], points, self.spec.fuse)
         return self.writer.commit_features(
             self.spec,
             geometry,

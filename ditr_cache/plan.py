@@ -153,35 +153,41 @@ def _probe(
     few = replace(metadata, links=replace(metadata.links, max_views=PROBED_IMAGES))
     CacheWriter.create(folder / "few", few)
     # Of few views most points repeat the row of a neighbour, which compresses as the rows of all views will not:
-    # fused by `last`, every row is stored once, and tells what a row of its own takes.
-    worker = PartitionWorker(replace(request.settings, cache=str(folder / "few"), fuse="last"), vfm)
+    # fused by `last`, as in the layout `views`, every row is stored once, and tells what a row of its own takes.
+    fuse_once = None if request.settings.layout == "views" else "last"
+    worker = PartitionWorker(replace(request.settings, cache=str(folder / "few"), fuse=fuse_once), vfm)
     vfm.embed([np.zeros((*vfm.spec.image_size, 3), dtype=np.uint8)])  # the first pass is never a typical one
     worker(partition)
     features = worker.writer.features(worker.spec, partition.id)
     points = sum(s.points for s in geometry.samples)
-    bytes_per_row = other_bytes = seconds_per_image = 0.0
+    feature_bytes = seconds_per_image = 0.0
     if features is not None and features.images:
+        rows, entries = _count_rows(full, geometry, worker.spec, request.settings.fuse or "mean")
         row_bytes = sum(n for name, n in features.files.items() if name.startswith(("table/c/", "scale/c/")))
-        bytes_per_row = row_bytes / max(1, features.rows)
-        other_bytes = sum(features.files.values()) - row_bytes
+        index_bytes = sum(n for name, n in features.files.items() if name.startswith("index/c/"))
+        other_bytes = sum(features.files.values()) - row_bytes - index_bytes
+        bytes_per_entry = index_bytes / max(1, *features.arrays["index"].shape)
+        feature_bytes = row_bytes / max(1, features.rows) * rows + bytes_per_entry * entries + other_bytes
         seconds_per_image = features.seconds / features.images
     return _Probe(
         points=points,
         geometry_bytes=sum(geometry.files.values()),
         geometry_seconds=geometry.seconds,
-        feature_bytes=bytes_per_row * _count_rows(full, geometry, vfm, request.settings.fuse) + other_bytes,
+        feature_bytes=feature_bytes,
         seconds_per_image=seconds_per_image,
     )
 
 
-def _count_rows(writer: CacheWriter, geometry: GeometryRecord, vfm: FrozenVFM, how: str) -> int:
-    """Different rows that the features of a partition will have: known from its links, without the VFM.
+def _count_rows(writer: CacheWriter, geometry: GeometryRecord, spec: VFMSpec, how: str) -> tuple[int, int]:
+    """Different rows, and entries of the index, that the features of a partition will have: known from its links.
 
     Points that see the same tokens have equal rows, and equal rows of neighbours compress to next to nothing.
     """
     links = writer.read_arrays(geometry, LINK_ARRAYS)
     per_view = [v.links for s in geometry.samples for v in s.views]
-    table = TokenTable(links["link_uv"], per_view, vfm.spec.grid, dim=1, device=torch.device("cpu"))
+    table = TokenTable(links["link_uv"], per_view, spec.grid, dim=1, device=torch.device("cpu"))
+    if spec.layout == "views":
+        return len(table.rows), len(table.link_row)
     table.rows.uniform_(generator=torch.Generator().manual_seed(0))  # tokens that differ, as true ones do
-    rows, _ = fuse(table, links["link_point"], links["link_depth"], sum(s.points for s in geometry.samples), how)
-    return len(np.unique(rows))
+    rows, index = fuse(table, links["link_point"], links["link_depth"], sum(s.points for s in geometry.samples), how)
+    return len(np.unique(rows)), len(index)

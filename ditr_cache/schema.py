@@ -23,6 +23,12 @@ PROJECTION_VERSION = 1
 IGNORE_INDEX = -1
 """Label of points that no loss and no metric counts."""
 
+LAYOUTS = ("fused", "views")
+"""How a feature store is laid out: one row per visible point, or every token that a link sees, stored once."""
+
+NOT_FUSED = "none"
+"""`VFMSpec.fuse` of the layout `views`, which reduces nothing."""
+
 
 def canonical_digest(document: Any) -> str:
     """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces."""
@@ -129,8 +135,8 @@ class VFMSpec(Document):
         image_size: (height, width) the network sees.
         grid: (rows, columns) of tokens.
         dim: width C of a token.
-        layout: `fused`: one row per visible point.
-        fuse: how a point's views are reduced: `mean`, `last` or `nearest`.
+        layout: one of `LAYOUTS`.
+        fuse: how a point's views are reduced: `mean`, `last` or `nearest`; `NOT_FUSED` in the layout `views`.
         codec: how rows are stored, see `codecs`.
         projection_version: of linking and lifting.
     """
@@ -257,6 +263,16 @@ class GeometryRecord(Document):
         """Identity of the geometry: samples, views, and the content of every array (point order included)."""
         body = dataclasses.asdict(self)
         return canonical_digest(json.loads(json.dumps({k: body[k] for k in ("samples", "arrays")})))
+
+    def point_slice(self, position: int) -> slice:
+        """Where the points of the sample at that position stand in the point arrays."""
+        start = sum(s.points for s in self.samples[:position])
+        return slice(start, start + self.samples[position].points)
+
+    def link_slice(self, position: int) -> slice:
+        """Where the links of the sample at that position stand in the link arrays."""
+        start = sum(v.links for s in self.samples[:position] for v in s.views)
+        return slice(start, start + sum(v.links for v in self.samples[position].views))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,12 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from ditr_cache.cached import CachedSample, StoredFeatures, StoredSample
+from ditr_cache.cached import CachedSample, StoredFeatures, StoredSample, check_view
 from ditr_cache.codecs import EncodedRows, decode
 from ditr_cache.errors import (
     CacheError,
     CorruptCacheError,
+    DataError,
     MismatchError,
     MissingDataError,
     StorageError,
@@ -57,6 +58,7 @@ from ditr_cache.schema import (
     SampleInfo,
     VFMSpec,
 )
+from ditr_cache.views import LinkedRows
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +172,23 @@ def _info(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, ArrayInfo]:
     return {k: ArrayInfo(shape=a.shape, dtype=a.dtype.str, sha256=array_digest(a)) for k, a in arrays.items()}
 
 
+def check_index(spec: VFMSpec, geometry: GeometryRecord, index: NDArray[np.integer], rows: int) -> None:
+    """Raise `MismatchError` where an index does not fit its layout, its geometry or its table of `rows` rows."""
+    of, entries = "point", sum(s.points for s in geometry.samples)
+    if spec.layout == "views":
+        of, entries = "link", sum(v.links for s in geometry.samples for v in s.views)
+    if index.shape != (entries,):
+        raise MismatchError(
+            f"features of partition {geometry.partition!r}: expected an index of {entries} entries, one per {of} "
+            f"(layout {spec.layout}), got {list(index.shape)}"
+        )
+    if entries and not -1 <= index.min() <= index.max() < rows:
+        raise MismatchError(
+            f"features of partition {geometry.partition!r}: expected an index of rows 0 to {rows - 1}, or -1, got "
+            f"{index.min()} to {index.max()}"
+        )
+
+
 # --- writer ---------------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +277,11 @@ class CacheWriter:
                 links of all views one after the other.
             broken_views: views left out.
             seconds: how long it took.
+
+        Raises:
+            DataError: labels beyond the cache's classes.
         """
+        self._check_labels(partition, arrays.get("segment"))
         folder = self.paths.geometry
         self._discard(folder, partition)
         record = GeometryRecord(
@@ -272,6 +295,18 @@ class CacheWriter:
         write_text(self.paths.record(folder, partition), record.to_json())
         return record
 
+    def _check_labels(self, partition: str, segment: NDArray[Any] | None) -> None:
+        if segment is None:
+            return
+        classes, ignored = len(self.metadata.class_names), self.metadata.ignore_index
+        wrong = segment[(segment != ignored) & ((segment < 0) | (segment >= classes))]
+        if len(wrong):
+            raise DataError(
+                f"geometry of partition {partition!r}: expected labels 0 to {classes - 1} of the dataset's {classes} "
+                f"classes, or {ignored} (ignored), got {len(wrong)} others, for example {wrong[0]}; map them in the "
+                "dataset's reader"
+            )
+
     def commit_features(
         self,
         spec: VFMSpec,
@@ -283,7 +318,21 @@ class CacheWriter:
         broken_views: Sequence[BrokenView] = (),
         seconds: float = 0.0,
     ) -> FeatureRecord:
-        """Write and commit one feature partition made from `geometry`; `index` [N] int32 is the row of each point."""
+        """Write and commit one feature partition.
+
+        Args:
+            spec: the VFM.
+            geometry: what the features were made from.
+            rows: of T tokens, those of a sample together.
+            index: the row of each point [N], or in the layout `views` of each link [L]; -1 where it has none.
+            images: number of images that went through the VFM.
+            broken_views: views left out.
+            seconds: how long it took.
+
+        Raises:
+            MismatchError: the index does not fit the geometry or the rows.
+        """
+        check_index(spec, geometry, index, len(rows.table))
         folder = self.paths.features(spec.key)
         vfm_file = folder / "vfm.json"
         if not vfm_file.exists():
@@ -292,7 +341,12 @@ class CacheWriter:
         arrays: dict[str, NDArray[Any]] = {"table": rows.table, "index": index}
         if rows.scale is not None:
             arrays["scale"] = rows.scale
+        valid = index >= 0
         ends = np.cumsum([s.points for s in geometry.samples])
+        if spec.layout == "views":
+            seen = self.read_arrays(geometry, ("link_point",))["link_point"][valid]
+            valid = np.zeros(ends[-1], dtype=bool)
+            valid[seen] = True
         record = FeatureRecord(
             partition=geometry.partition,
             vfm_digest=spec.digest,
@@ -300,7 +354,7 @@ class CacheWriter:
             arrays=_info(arrays),
             files=_write_arrays(self.paths.arrays(folder, geometry.partition), arrays),
             rows=len(rows.table),
-            valid_points=tuple(int((part >= 0).sum()) for part in np.split(index, ends[:-1])),
+            valid_points=tuple(int(part.sum()) for part in np.split(valid, ends[:-1])),
             images=images,
             broken_views=tuple(broken_views),
             seconds=seconds,
@@ -457,21 +511,31 @@ class CacheReader:
             self._features[spec.key, partition] = record
         return self._features[spec.key, partition]
 
-    def read_stored(self, sample_id: str, vfm: str | None) -> StoredSample:
+    def read_stored(
+        self, sample_id: str, vfm: str | None, *, view: str | None = None, rng: np.random.Generator | None = None
+    ) -> StoredSample:
         """One sample with its feature rows as stored; no features where `vfm` is None.
 
+        Args:
+            sample_id: its id.
+            vfm: key or name.
+            view: of a VFM in the layout `views`, which view gives a point its row: `last`, `nearest` or `random`; None
+                takes the last.
+            rng: what `random` draws from.
+
         Raises:
-            UnknownNameError: no such sample or VFM.
+            UnknownNameError: no such sample, VFM or choice of view.
+            UsageError: `random` without `rng`.
             MissingDataError: the sample has no features of this VFM.
             CorruptCacheError: a file is missing, cut or damaged.
-            MismatchError: features of another geometry.
+            MismatchError: features of another geometry, or a choice of view where the cache holds one per point.
         """
         spec = None if vfm is None else self.resolve_vfm(vfm)
         partition, position = self._locate(sample_id)
         record = self.geometry[partition]
         folder = self.paths.arrays(self.paths.geometry, partition)
         check_files(folder, record.files)
-        rows = self._rows(partition, position)
+        rows = record.point_slice(position)
         points: dict[str, Any] = {
             name: self._read(folder, name, record.arrays[name], rows) if name in record.arrays else None
             for name in ("coord", "source_index", *OPTIONAL_POINT_ARRAYS)
@@ -479,57 +543,33 @@ class CacheReader:
         if points["normal"] is not None:
             points["normal"] = points["normal"].astype(np.float32)
         points["source_index"] = points["source_index"].astype(np.int64)
-        features = None if spec is None else self._read_features(sample_id, spec, partition, rows)
+        features = None if spec is None else _SampleFeatures(self, sample_id, spec).stored(view, rng)
         return StoredSample(id=sample_id, split=record.samples[position].split, features=features, **points)
 
     def read(self, sample_id: str, vfm: str | None = None) -> CachedSample:
         """One sample, decoded. `vfm` is a key or a name; None takes the only VFM, or no features where there are none.
 
-        Raises as `read_stored`.
+        Of a VFM in the layout `views`, a point's feature is the mean over all of its views. Raises as `read_stored`.
         """
-        stored = self.read_stored(sample_id, self.resolve_vfm(vfm).key if vfm is not None or self.vfms else None)
-        feature: NDArray[np.float32] | None = None
-        valid = np.zeros(len(stored.coord), dtype=bool)
-        if stored.features is not None:
-            valid = stored.features.index >= 0
-            feature = np.zeros((len(valid), stored.features.table.shape[1]), dtype=np.float32)
-            rows = stored.features.index[valid]
-            scale = stored.features.scale
-            feature[valid] = decode(stored.features.table[rows], None if scale is None else scale[rows])
+        spec = self.resolve_vfm(vfm) if vfm is not None or self.vfms else None
+        stored = self.read_stored(sample_id, None)
+        feature, valid = None, np.zeros(len(stored.coord), dtype=bool)
+        if spec is not None:
+            feature, valid = _SampleFeatures(self, sample_id, spec).decoded()
         partition, position = self._locate(sample_id)
-        link_point = self._read(
-            self.paths.arrays(self.paths.geometry, partition),
-            "link_point",
-            self.geometry[partition].arrays["link_point"],
-        )
-        counts = np.bincount(link_point, minlength=sum(s.points for s in self.geometry[partition].samples))
+        record = self.geometry[partition]
+        link_point = self._read_geometry(partition, "link_point", slice(None))
+        counts = np.bincount(link_point, minlength=sum(s.points for s in record.samples))
         return CachedSample(
             **{k: v for k, v in vars(stored).items() if k != "features"},
-            link_count=counts[self._rows(partition, position)].astype(np.int32),
+            link_count=counts[record.point_slice(position)].astype(np.int32),
             feature=feature,
             valid=valid,
         )
 
-    def _read_features(self, sample_id: str, spec: VFMSpec, partition: str, rows: slice) -> StoredFeatures:
-        record = self.feature_record(spec, partition)
-        if record is None:
-            raise MissingDataError(
-                f"sample {sample_id!r} has no features of {spec.key!r}; run `ditr-cache extract --vfm {spec.name}`"
-            )
-        folder = self.paths.arrays(self.paths.features(spec.key), partition)
-        check_files(folder, record.files)
-        index = self._read(folder, "index", record.arrays["index"], rows)
-        used = slice(None)
-        if len(self.geometry[partition].samples) > 1:  # a sample's rows stand together: read only these
-            present = index[index >= 0]
-            used = slice(int(present.min()), int(present.max()) + 1) if len(present) else slice(0, 0)
-            index = np.where(index >= 0, index - used.start, -1).astype(np.int32)
-        return StoredFeatures(
-            table=self._read(folder, "table", record.arrays["table"], used),
-            scale=self._read(folder, "scale", record.arrays["scale"], used) if "scale" in record.arrays else None,
-            index=index,
-            spec=spec,
-        )
+    def _read_geometry(self, partition: str, name: str, rows: slice) -> NDArray[Any]:
+        folder = self.paths.arrays(self.paths.geometry, partition)
+        return self._read(folder, name, self.geometry[partition].arrays[name], rows)
 
     def _read(self, folder: Path, name: str, info: ArrayInfo, rows: slice = slice(None)) -> NDArray[Any]:
         return read_array(folder, name, info, rows, self._open_array)
@@ -539,6 +579,71 @@ class CacheReader:
             raise UnknownNameError.of(f"sample of cache {str(self.paths.root)!r}", sample_id, self._where)
         return self._where[sample_id]
 
-    def _rows(self, partition: str, position: int) -> slice:
-        ends = np.cumsum([0, *(s.points for s in self.geometry[partition].samples)])
-        return slice(int(ends[position]), int(ends[position + 1]))
+
+class _SampleFeatures:
+    """Features of one sample. Raises `MissingDataError` where it has none of that VFM."""
+
+    def __init__(self, reader: CacheReader, sample_id: str, spec: VFMSpec) -> None:
+        self.reader, self.spec = reader, spec
+        self.partition, self.position = reader._locate(sample_id)
+        self.geometry = reader.geometry[self.partition]
+        record = reader.feature_record(spec, self.partition)
+        if record is None:
+            raise MissingDataError(
+                f"sample {sample_id!r} has no features of {spec.key!r}; run `ditr-cache extract --vfm {spec.name}`"
+            )
+        self.record = record
+        self.folder = reader.paths.arrays(reader.paths.features(spec.key), self.partition)
+        check_files(self.folder, record.files)
+
+    def stored(self, view: str | None, rng: np.random.Generator | None) -> StoredFeatures:
+        """One row per point; in the layout `views` that of the chosen view, by default the last."""
+        check_view(self.spec, view)
+        if self.spec.layout == "fused":
+            return self._rows(self._index(self.geometry.point_slice(self.position)))
+        links = self._links(self._index(self.geometry.link_slice(self.position)))
+        if view == "nearest":
+            depth = self.reader._read_geometry(self.partition, "link_depth", self.geometry.link_slice(self.position))
+            return self._rows(links.nearest(depth))
+        if view == "random":
+            if rng is None:
+                raise UsageError("view 'random': expected rng, a generator to draw from, got None")
+            return self._rows(links.random(rng))
+        return self._rows(links.last())
+
+    def decoded(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """[N, C] float32, zero where a point has no feature, and [N] bool whether it has one."""
+        if self.spec.layout == "views":
+            rows = self._rows(self._index(self.geometry.link_slice(self.position)))
+            return self._links(rows.index).mean(rows.table, rows.scale)
+        rows = self.stored(None, None)
+        valid = rows.index >= 0
+        feature = np.zeros((len(valid), rows.table.shape[1]), dtype=np.float32)
+        used = rows.index[valid]
+        feature[valid] = decode(rows.table[used], None if rows.scale is None else rows.scale[used])
+        return feature, valid
+
+    def _links(self, row: NDArray[np.int32]) -> LinkedRows:
+        points, links = self.geometry.point_slice(self.position), self.geometry.link_slice(self.position)
+        return LinkedRows(
+            row=row,
+            point=self.reader._read_geometry(self.partition, "link_point", links) - points.start,
+            ends=np.cumsum([v.links for v in self.geometry.samples[self.position].views], dtype=np.int64),
+            points=points.stop - points.start,
+        )
+
+    def _index(self, entries: slice) -> NDArray[np.int32]:
+        return self.reader._read(self.folder, "index", self.record.arrays["index"], entries)
+
+    def _rows(self, index: NDArray[np.int32]) -> StoredFeatures:
+        """The rows that an index names. A sample's rows stand together: only its part of the table is read."""
+        present = index[index >= 0]
+        used = slice(int(present.min()), int(present.max()) + 1) if len(present) else slice(0, 0)
+        if used.start:
+            index = np.where(index >= 0, index - used.start, -1).astype(np.int32)
+        arrays = {
+            name: self.reader._read(self.folder, name, self.record.arrays[name], used)
+            for name in ("table", "scale")
+            if name in self.record.arrays
+        }
+        return StoredFeatures(table=arrays["table"], scale=arrays.get("scale"), index=index, spec=self.spec)

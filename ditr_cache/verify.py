@@ -10,7 +10,7 @@ from pathlib import Path
 from ditr_cache.errors import CorruptCacheError, FormatVersionError, MismatchError, MissingDataError
 from ditr_cache.files import Paths, local_path, read_document, remove_folder, remove_leftovers
 from ditr_cache.schema import CacheMetadata, FeatureRecord, GeometryRecord, VFMSpec
-from ditr_cache.store import array_digest, read_array
+from ditr_cache.store import array_digest, check_index, read_array
 
 
 @dataclass
@@ -112,7 +112,10 @@ def _entries(paths: Paths) -> Iterator[tuple[str, Callable[[], object], Callable
             raise MismatchError(
                 f"made from geometry {record.geometry_digest[:16]}, the cache's is {geometry[path.stem].digest[:16]}"
             )
-        _check_arrays(path.with_suffix(".zarr"), record)
+        folder = path.with_suffix(".zarr")
+        _check_arrays(folder, record)
+        index = read_array(folder, "index", record.arrays["index"])
+        check_index(spec, geometry[path.stem], index, record.arrays["table"].shape[0])
 
     for path in sorted(paths.geometry.glob("*.json")):
         yield f"geometry/{path.stem}", partial(check_geometry, path), partial(_remove, path)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ditr_cache import partition
-from ditr_cache.cached import CachedSample
+from ditr_cache.cached import CachedSample, StoredFeatures
+from ditr_cache.codecs import decode
 from ditr_cache.datasets.base import Partition
 from ditr_cache.partition import ExtractSettings, PartitionWorker
 from ditr_cache.progress import PartitionSummary
@@ -174,6 +175,7 @@ def run(
     views: tuple[View, ...],
     *,
     links: LinkSettings | None = None,
+    layout: str = "fused",
     fuse: str = "last",
     codec: str = "float16",
     points: Callable[[], Points] = make_points,
@@ -196,7 +198,13 @@ def run(
     )
     CacheWriter.create(root, metadata)
     settings = ExtractSettings(
-        dataset="analytic", root="", cache=str(root), vfm=VFMRequest(name="test_vit"), fuse=fuse, codec=codec
+        dataset="analytic",
+        root="",
+        cache=str(root),
+        vfm=VFMRequest(name="test_vit"),
+        layout=layout,
+        fuse=fuse if layout == "fused" else None,
+        codec=codec,
     )
     opened = partition.open_dataset
     partition.open_dataset = lambda name, where: Scenes()  # the registry holds only datasets of the package
@@ -205,6 +213,14 @@ def run(
     finally:
         partition.open_dataset = opened
     return Result(sample=open_cache(root).read("scene"), summary=summary, cache=root)
+
+
+def with_features(sample: CachedSample, stored: StoredFeatures) -> CachedSample:
+    """The same sample with the features that a choice of views gives."""
+    valid = stored.index >= 0
+    feature = np.zeros((len(valid), stored.table.shape[1]), np.float32)
+    feature[valid] = decode(stored.table, stored.scale)[stored.index[valid]]
+    return replace(sample, feature=feature, valid=valid)
 
 
 # --- the checker ----------------------------------------------------------------------------------------------------

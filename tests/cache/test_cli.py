@@ -24,8 +24,8 @@ from ditr_cache.synthesize import RoomsSettings
 from support import Run
 
 FLAGS = {
-    "extract": "--dataset --root --out --split --vfm --checkpoint --image-size --every-nth-frame --max-views --fuse "
-    "--codec --device --workers --scheduler --limit --retry-incomplete --dry-run --json",
+    "extract": "--dataset --root --out --split --vfm --checkpoint --image-size --every-nth-frame --max-views "
+    "--layout --fuse --codec --device --workers --scheduler --limit --retry-incomplete --dry-run --json",
     "info": "CACHE --json",
     "verify": "CACHE --repair --json",
     "show": "CACHE SAMPLE -o --vfm",

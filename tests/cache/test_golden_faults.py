@@ -14,8 +14,8 @@ from PIL import Image
 from ditr_cache import lift, link, partition, store
 from ditr_cache.errors import CorruptCacheError, MismatchError
 from ditr_cache.geometry import patch_index
-from ditr_cache.schema import LinkSettings, VFMSpec
-from ditr_cache.store import CacheReader, CacheWriter, open_cache
+from ditr_cache.schema import LinkSettings
+from ditr_cache.store import CacheWriter, open_cache
 from ditr_cache.verify import verify
 
 
@@ -300,12 +300,20 @@ def test_features_shifted_by_one_point(bed, finished):
 
 
 def test_a_reader_that_forgets_which_row_belongs_to_which_point(bed, finished, monkeypatch):
-    read = CacheReader._read_features
+    read = store._SampleFeatures.stored
 
-    def in_order(self, sample_id, spec: VFMSpec, name, rows):
-        found = read(self, sample_id, spec, name, rows)
+    def in_order(self, view, rng):
+        found = read(self, view, rng)
         seen = found.index >= 0
         return replace(found, index=np.where(seen, np.cumsum(seen) % len(found.table), -1).astype(np.int32))
 
-    monkeypatch.setattr(CacheReader, "_read_features", in_order)
+    monkeypatch.setattr(store._SampleFeatures, "stored", in_order)
     assert_misplaced(bed.check(open_cache(finished.cache).read("scene")))
+
+
+def test_a_reader_that_forgets_which_link_sees_which_row(bed, position_vfm, tmp_path, monkeypatch):
+    result = bed.run(tmp_path / "cache", position_vfm, bed.right_views(), layout="views")
+    assert bed.check(result.sample, fuse="mean").right
+    links = store._SampleFeatures._links
+    monkeypatch.setattr(store._SampleFeatures, "_links", lambda self, row: links(self, np.roll(row, 40)))
+    assert_misplaced(bed.check(open_cache(result.cache).read("scene"), fuse="mean"))

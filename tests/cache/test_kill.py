@@ -102,10 +102,11 @@ class Killer:
     Args:
         folder: holds the dataset `rooms`; caches are made in it.
         checkpoint: weights of test_vit.
+        layout: of the features.
     """
 
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
-        self.folder, self.checkpoint = folder, checkpoint
+    def __init__(self, folder: Path, checkpoint: Path, layout: str = "fused") -> None:
+        self.folder, self.checkpoint, self.layout = folder, checkpoint, layout
 
     def extract(self, cache: str, scenes: int = SCENES, retry_incomplete: bool = False) -> Callable[[], None]:
         from ditr_cache.extract import ExtractRequest, extract
@@ -118,6 +119,7 @@ class Killer:
             root=str(self.folder / "rooms"),
             cache=str(self.folder / cache),
             vfm=vfm,
+            layout=self.layout,
             retry_incomplete=retry_incomplete,
         )
         request = ExtractRequest(settings=settings, workers=0, limit=scenes)
@@ -159,11 +161,12 @@ class Killer:
             image.write_bytes(whole[:200])
             run_to_the_end(self.extract("incomplete", scenes=1))
             image.write_bytes(whole)
-        run_to_the_end(self.extract("clean-1", scenes=1))
+        clean = f"clean-1-{self.layout}"
+        run_to_the_end(self.extract(clean, scenes=1))
         step = 0
         seen: list[dict[str, int]] = []
         while True:
-            cache = f"stepped-{retry_incomplete}-{step}"
+            cache = f"stepped-{self.layout}-{retry_incomplete}-{step}"
             if retry_incomplete:
                 subprocess.run(["cp", "-r", self.folder / "incomplete", self.folder / cache], check=True)
             task = self.extract(cache, scenes=1, retry_incomplete=retry_incomplete)
@@ -172,7 +175,7 @@ class Killer:
                 return {"steps": step, "seen": seen}
             if code != -signal.SIGKILL:
                 raise RuntimeError(f"step {step}: exit code {code}")
-            complete = self.complete(cache, 1, "clean-1", retry_incomplete)
+            complete = self.complete(cache, 1, clean, retry_incomplete)
             seen.append(looked_at(self.folder / cache, self.folder / "notes", complete))
             step += 1
 
@@ -227,7 +230,7 @@ def main(folder: Path, checkpoint: Path, mode: str) -> None:
     import ditr_cache.extract  # noqa: F401  so that children need not
 
     timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
-    killer = Killer(folder, checkpoint)
+    killer = Killer(folder, checkpoint, "views" if mode == "views" else "fused")
     if mode == "random":
         print(json.dumps(killer.at_random_moments()))
     else:
@@ -262,7 +265,7 @@ def test_killed_at_random_moments(rooms: Path, make_checkpoint: Callable[..., Pa
     assert any(found["temporaries"] for found in result["seen"]), result
 
 
-@pytest.mark.parametrize("mode", ["first", "retry"])
+@pytest.mark.parametrize("mode", ["first", "retry", "views"])
 def test_killed_at_every_step_of_a_commit(rooms: Path, make_checkpoint: Callable[..., Path], mode: str) -> None:
     result = kill(rooms, make_checkpoint(), mode)
     # cache.json, vfm.json, and of each store its arrays and its record; a retry also takes commits back.

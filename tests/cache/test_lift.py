@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ditr_cache import lift
 from ditr_cache.errors import UnknownNameError
-from ditr_cache.lift import FUSE, TokenTable, fuse
+from ditr_cache.lift import FUSE, TokenTable, every_token, fuse
 
 CPU = torch.device("cpu")
 DIM = 4
@@ -26,13 +26,17 @@ class Case:
         self.tokens = torch.from_numpy(rng.normal(size=(views, *grid, DIM)).astype(np.float32))
 
     def run(self, how: str) -> tuple[np.ndarray, np.ndarray, TokenTable]:
+        table = self.table()
+        return *fuse(table, self.point, self.depth, self.points, how), table
+
+    def table(self) -> TokenTable:
         table = TokenTable(self.uv, [len(s) for s in self.seen], self.grid, DIM, CPU)
         for i, tokens in enumerate(self.tokens):
             if i in self.dropped:
                 table.drop(i)
             else:
                 table.put(i, tokens)
-        return *fuse(table, self.point, self.depth, self.points, how), table
+        return table
 
     def plain(self, how: str) -> list[np.ndarray | None]:
         """Feature of each point, by loops over the words of the documentation."""
@@ -114,6 +118,32 @@ def test_mean_over_more_rows_than_one_step(monkeypatch):
     monkeypatch.setattr(lift, "_ROWS_PER_STEP", 7)
     steps = case.run("mean")
     assert np.array_equal(whole[0], steps[0]) and np.array_equal(whole[1], steps[1])
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 60),
+    st.integers(0, 5),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.frozensets(st.integers(0, 4)),
+)
+def test_every_token_against_plain_loops(seed, points, views, grid, dropped):
+    case = Case(seed, points, views, grid, dropped)
+    rows, index = every_token(case.table())
+    assert rows.dtype == np.float32 and index.dtype == np.int32 and index.shape == (len(case.point),)
+    named: dict[int, tuple[int, int, int]] = {}
+    link = 0
+    for view, seen in enumerate(case.seen):
+        for _ in seen:
+            row, column = (int(x) * g // 65536 for x, g in zip(case.uv[link, ::-1], grid, strict=True))
+            if view in dropped:
+                assert index[link] == -1
+            else:
+                assert np.array_equal(rows[index[link]], case.tokens[view, row, column].numpy())
+                assert named.setdefault(int(index[link]), (view, row, column)) == (view, row, column)
+            link += 1
+    assert len(rows) == len(named) == len(set(named.values())), "every linked token once, no other"
+    assert [named[i] for i in range(len(rows))] == sorted(named.values()), "views, and in them tokens, in order"
 
 
 def test_unknown_fuse():

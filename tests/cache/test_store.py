@@ -19,6 +19,7 @@ from ditr_cache import files, open_cache, store
 from ditr_cache.codecs import decode, encode
 from ditr_cache.errors import (
     CorruptCacheError,
+    DataError,
     FormatVersionError,
     MismatchError,
     MissingDataError,
@@ -202,6 +203,15 @@ ODD = [
     "a/b", "..", ".", "vfm", "ü", "a b", "%2E", "%", ".hidden", "a\\b", "a:b", "x" * 300, "x" * 299 + "y", "CON",
     "日本", "a.json", "a.zarr", "~", "a\nb", "🙂" * 60,
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("label", [2, -2, 300])
+def test_labels_beyond_the_classes_are_refused(writer, make_arrays, label):
+    infos, arrays = make_arrays([("scene", 9)])
+    arrays["segment"][4] = label
+    with pytest.raises(DataError, match=rf"labels 0 to 1 of the dataset's 2 classes, or -1 .*for example {label}"):
+        writer.commit_geometry("scene", infos, arrays)
+    assert writer.geometry("scene") is None
 
 
 def test_ids_with_odd_characters(writer, make_arrays, make_spec):
