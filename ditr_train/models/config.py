@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import SkipValidation
 
 from ditr_cache.errors import UsageError
 
@@ -68,9 +70,14 @@ class SparseUNetConfig:
         return len(self.channels) // 2
 
     @property
+    def encoder_channels(self) -> tuple[int, ...]:
+        """Channels of the stem and of the encoder stages: entry l belongs to voxels of 2^l grid cells."""
+        return (self.stem_channels, *self.channels[: self.num_stages])
+
+    @property
     def skip_channels(self) -> tuple[int, ...]:
-        """Channels of the skips, by resolution: entry l belongs to voxels of 2^l grid cells."""
-        return (self.stem_channels, *self.channels[: self.num_stages - 1])
+        """Channels of the skips, by resolution: `encoder_channels` without the bottleneck's."""
+        return self.encoder_channels[:-1]
 
     @property
     def out_channels(self) -> int:
@@ -80,27 +87,79 @@ class SparseUNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InjectionConfig:
-    """How VFM features enter the decoder.
+    """Where VFM features enter the network and how they get there; the defaults inject into the decoder as DITR does.
+
+    Every place has a projection of its own, so that a resolution may be named for the decoder and for the encoder.
 
     Args:
-        pool: what one site of a coarse resolution takes from the features of its points: their mean or their maximum
-            per channel. Points without a feature take no part in either.
+        decoder: resolutions whose skips get a term before the decoder stage reads them: "all", or a list of some of
+            0..num_stages-1, where l means voxels of 2^l grid cells.
+        encoder: resolutions whose encoder features get a term: 0 is the output of the stem, which is also the skip of
+            that resolution; l >= 1 is the output of the strided convolution, before the blocks of stage l. The
+            coarsest, num_stages, is the bottleneck.
+        input: the features of each voxel are projected to `input_channels` and appended to the network input.
+        input_channels: channels of that projection; unused without `input`.
+        pool: what one site of a coarse resolution takes from the features of its points. "mean" and "max" (per
+            channel) leave out points without a feature. "zero_max" is the maximum as published: such points are rows
+            of zeros, so that a site with any of them gets no negative value, and a site with none but them holds a
+            row of zeros that passes the projection and its batch norm like every other.
         feature_drop: probability, in training, that a point is treated as if it had no feature.
         missing_embedding: sites without any feature get a learned VFM feature instead of no contribution.
+        visibility_flag: every projection reads one more channel, the share of a site's finest voxels that have a
+            feature. Sites without any then pass the projection with a share of 0, not left out.
 
     Raises:
-        UsageError: a setting out of its range.
+        UsageError: a setting out of its range, no place at all, or settings that contradict each other.
     """
 
-    pool: Literal["mean", "max"] = "mean"
+    # Checked below: pydantic would answer for each member of the union.
+    decoder: SkipValidation[Literal["all"] | tuple[int, ...]] = "all"
+    encoder: tuple[int, ...] = ()
+    input: bool = False
+    input_channels: int = 32
+    pool: Literal["mean", "max", "zero_max"] = "mean"
     feature_drop: float = 0.0
     missing_embedding: bool = False
+    visibility_flag: bool = False
 
     def __post_init__(self) -> None:
-        if self.pool not in ("mean", "max"):
-            raise UsageError(f"injection.pool must be 'mean' or 'max', got {self.pool!r}")
+        if self.decoder != "all":
+            object.__setattr__(self, "decoder", _resolutions("decoder", self.decoder, "'all' or "))
+        object.__setattr__(self, "encoder", _resolutions("encoder", self.encoder))
+        if not (self.decoder or self.encoder or self.input):
+            raise UsageError(
+                "injection names no place: decoder and encoder are empty and input is false; name one, or set "
+                "injection to null"
+            )
+        if self.input_channels < 1:
+            raise UsageError(f"injection.input_channels must be positive, got {self.input_channels}")
+        if self.pool not in ("mean", "max", "zero_max"):
+            raise UsageError(f"injection.pool must be 'mean', 'max' or 'zero_max', got {self.pool!r}")
         if not 0.0 <= self.feature_drop < 1.0:
             raise UsageError(f"injection.feature_drop must be in [0, 1), got {self.feature_drop}")
+        if self.pool == "zero_max" and self.missing_embedding:
+            raise UsageError(
+                "injection.pool 'zero_max' and injection.missing_embedding contradict each other: the one makes a "
+                "site without features a row of zeros, the other a learned row; use one of them"
+            )
+
+    def decoder_resolutions(self, num_stages: int) -> tuple[int, ...]:
+        """Resolutions of the decoder that get a term, of a backbone with `num_stages` decoder stages."""
+        return tuple(range(num_stages)) if self.decoder == "all" else self.decoder
+
+    @property
+    def appended_channels(self) -> int:
+        """Channels that are appended to the network input."""
+        return self.input_channels if self.input else 0
+
+
+def _resolutions(place: str, values: Any, otherwise: str = "") -> tuple[int, ...]:
+    # Not isinstance: `true` would pass for 1.
+    if not isinstance(values, list | tuple) or any(type(v) is not int or v < 0 for v in values):
+        raise UsageError(f"injection.{place} must be {otherwise}a list of resolutions, say [0, 1], got {values!r}")
+    if len(set(values)) < len(values):
+        raise UsageError(f"injection.{place} must name each resolution once, got {list(values)}")
+    return tuple(sorted(values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +169,24 @@ class ModelConfig:
     Args:
         backbone: shape of the sparse U-Net.
         injection: None for a network that reads points only.
+
+    Raises:
+        UsageError: injection at a resolution that the backbone does not have.
     """
 
     backbone: SparseUNetConfig = field(default_factory=SparseUNetConfig)
     injection: InjectionConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.injection is None:
+            return
+        stages = self.backbone.num_stages
+        for place, resolutions, coarsest in (
+            ("decoder", self.injection.decoder_resolutions(stages), stages - 1),
+            ("encoder", self.injection.encoder, stages),
+        ):
+            if any(resolution > coarsest for resolution in resolutions):
+                raise UsageError(
+                    f"injection.{place} must name resolutions of the backbone, whose {place} has 0 to {coarsest}, got "
+                    f"{list(resolutions)}"
+                )

@@ -1,18 +1,19 @@
-"""Injection of VFM features into the decoder (DITR, arXiv 2503.18944), onto the skips of all its resolutions.
+"""Injection of VFM features into a network over points (DITR, arXiv 2503.18944): at input, encoder or decoder.
 
-A site of resolution l pools the features of the points inside it. Only points that have a feature take part: a mean
-divides by their number, a maximum is not clamped by zeros that stand for "unseen". The pooled rows pass
-`Linear -> BatchNorm -> GELU` to the channels of the skip.
+A site of resolution l pools the features of the points inside it. With "mean" and "max" only points that have a
+feature take part: a mean divides by their number, a maximum is not clamped by zeros that stand for "unseen". The pooled
+rows pass `Linear -> BatchNorm -> GELU`, of its own for every place, to the channels of that place.
 
 What a site without any feature contributes: nothing, exactly zero, and it takes no part in the batch norm's statistics,
-so that coverage does not shift what covered sites receive. With `missing_embedding` it holds a learned VFM feature
-instead, which passes the same layers and does take part.
+so that coverage does not shift what covered sites receive. Otherwise with `missing_embedding` (a learned VFM feature),
+`visibility_flag` (zeros, flagged as unseen) and "zero_max" (zeros, as published): there it passes the same layers and
+does take part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,41 +24,23 @@ from torch.nn import functional as F
 from ditr_cache.errors import DataError, MismatchError
 from ditr_train.data.sample import FeatureRows
 from ditr_train.models.config import InjectionConfig
+from ditr_train.models.occupancy import OccupiedVoxels, occupied_voxels
 from ditr_train.models.segment_pool import segment_max, segment_sum
 from ditr_train.models.sparse_unet import RowNorm
 
-_AXIS_BITS = 16
-_MAX_SAMPLES = 1 << (63 - 3 * _AXIS_BITS)
-# Steps that move the bits of a 16-bit number three places apart: bytes, then nibbles, pairs and single bits.
-_SPREAD = ((16, 0xFF0000FF), (8, 0xF00F00F00F), (4, 0xC30C30C30C3), (2, 0x249249249249))
-
-_PORTION_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+_PORTION_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 Reduce = Callable[[Tensor, Tensor, int], Tensor]
 
 
-@dataclass(frozen=True)
-class _OccupiedVoxels:
-    """Sites that hold at least one feature: V_l at resolution l, in Morton order.
-
-    Args:
-        rows: [V_0] rows of the feature table.
-        positions: for each resolution [V_l], their places among its sites.
-        parents: for each resolution [V_l], their places among the occupied sites of the next.
-    """
-
-    rows: Tensor
-    positions: list[Tensor]
-    parents: list[Tensor]
-
-
 class Injection(nn.Module):
-    """Terms that are added to the skips of a U-Net.
+    """Projections of VFM features to the places where they enter the network.
 
     Args:
-        config: pooling and the handling of missing features.
+        config: places, pooling and the handling of missing features.
         feature_dim: C, channels of the VFM.
-        skip_channels: channels of the skips at resolutions 0, 1, ...
+        decoder_channels: channels of the decoder's terms at resolutions 0, 1, ...; of a U-Net, those of its skips.
+        encoder_channels: channels of the encoder's terms at resolutions 0, 1, ...
         norm_eps, norm_momentum: of the batch norms.
     """
 
@@ -65,7 +48,8 @@ class Injection(nn.Module):
         self,
         config: InjectionConfig,
         feature_dim: int,
-        skip_channels: Sequence[int],
+        decoder_channels: Sequence[int],
+        encoder_channels: Sequence[int],
         *,
         norm_eps: float = 1e-3,
         norm_momentum: float = 0.01,
@@ -73,81 +57,140 @@ class Injection(nn.Module):
         super().__init__()
         self.config = config
         self.feature_dim = feature_dim
-        # No bias: the batch norm would subtract it.
-        self.linears = nn.ModuleList(nn.Linear(feature_dim, channels, bias=False) for channels in skip_channels)
-        self.norms = nn.ModuleList(
-            RowNorm(channels, eps=norm_eps, momentum=norm_momentum) for channels in skip_channels
-        )
-        for linear in self.linears:
+        decoder = config.decoder_resolutions(len(decoder_channels))
+        places = {f"{level}": (level, decoder_channels[level]) for level in decoder}
+        places |= {f"encoder{level}": (level, encoder_channels[level]) for level in config.encoder}
+        if config.input:
+            places["input"] = (0, config.input_channels)
+        self.levels = {place: level for place, (level, _) in places.items()}
+        self.linears, self.norms = nn.ModuleDict(), nn.ModuleDict()
+        for place, (_, channels) in places.items():
+            # No bias: the batch norm would subtract it.
+            self.linears[place] = nn.Linear(feature_dim + config.visibility_flag, channels, bias=False)
+            self.norms[place] = RowNorm(channels, eps=norm_eps, momentum=norm_momentum)
+        for linear in self.linears.values():
             nn.init.trunc_normal_(linear.get_parameter("weight"), std=0.02)
         self.missing = nn.Parameter(torch.empty(feature_dim)) if config.missing_embedding else None
         if self.missing is not None:
             nn.init.trunc_normal_(self.missing, std=0.02)
 
-    def forward(self, features: FeatureRows, sites: Sequence[Tensor]) -> list[Tensor]:
-        """One term [M_l, skip_channels[l]] per resolution.
+    def forward(self, features: FeatureRows, sites: Tensor) -> InjectedTerms:
+        """What the features of one batch contribute at each place.
 
         Args:
-            features: rows as stored, on the device of the sites; `index` has one entry per site of resolution 0.
-            sites: for each resolution [M_l, 4] int32 (batch, and three coordinates in voxels of 2^l cells), in the
-                backbone's order.
+            features: rows as stored, on the device of the sites; `index` has one entry per site.
+            sites: [N, 4] int32 (batch, and three coordinates), the voxels of resolution 0 in the backbone's order.
 
         Raises:
             MismatchError: rows of another VFM dimension than the network was built for.
             DataError: `index` does not fit the points, or coordinates too large for the voxel keys.
         """
         self._check(features, sites)
+        seen = features.index >= 0
+        if self.training and self.config.feature_drop > 0:
+            seen &= torch.rand(len(seen), device=seen.device) >= self.config.feature_drop
+        zero_max, flag = self.config.pool == "zero_max", self.config.visibility_flag
+        voxels = occupied_voxels(sites, seen, 1 + max(self.levels.values()), shares=zero_max or flag)
         # Features keep their precision: the projections are a small part of the network's work.
         with torch.autocast(features.table.device.type, enabled=False):
-            voxels = self._occupied(features, sites)
-            mean = self.config.pool == "mean"
-            reduce = segment_sum if mean else segment_max
-            projected, values = _ProjectAndPool.apply(self.linears[0].weight, features, voxels, reduce)
-            terms = [self._term(0, projected, voxels.positions[0], len(sites[0]))]
-            counts = torch.ones(len(voxels.rows), 1, device=values.device)
-            for level in range(1, len(sites)):
-                parent, size = voxels.parents[level - 1], len(voxels.positions[level])
-                values = values if level == 1 else reduce(values, parent, size)
-                projected = self.linears[level](values)
+            return InjectedTerms(self, voxels, self._project(features, voxels), len(sites))
+
+    def _project(self, features: FeatureRows, voxels: OccupiedVoxels) -> dict[str, Tensor]:
+        """Place -> [V_l, channels], its linear map of the pooled features."""
+        mean = self.config.pool == "mean"
+        reduce = segment_sum if mean else segment_max
+        finest = self._places(0)
+        rows = features.index[voxels.points]
+        values, *at_finest = _ProjectAndPool.apply(features, rows, voxels, reduce, *map(self._weight, finest))
+        projected = dict(zip(finest, at_finest, strict=True))
+        counts = torch.ones(len(rows), 1, device=rows.device)
+        for level, parent in enumerate(voxels.parents, start=1):
+            size = len(voxels.keys[level])
+            values = values if level == 1 else reduce(values, parent, size)
+            if self.config.pool == "zero_max" and voxels.shares is not None:
+                values.clamp_(min=torch.where(voxels.shares[level] < 1, 0.0, -torch.inf))
+            if mean:
+                counts = segment_sum(counts, parent, size)
+            for place in self._places(level):
+                projected[place] = F.linear(values, self._weight(place))
                 if mean:  # of sums so far: dividing their projections instead is the same and less work
-                    counts = segment_sum(counts, parent, size)
-                    projected = projected / counts
-                terms.append(self._term(level, projected, voxels.positions[level], len(sites[level])))
-            return terms
+                    projected[place] = projected[place] / counts
+        if self.config.visibility_flag and voxels.shares is not None:
+            for place, level in self.levels.items():
+                of_share = self.linears[place].get_parameter("weight")[:, self.feature_dim]
+                projected[place] = projected[place] + voxels.shares[level] * of_share
+        return projected
 
-    def _term(self, level: int, projected: Tensor, positions: Tensor, num_sites: int) -> Tensor:
-        if self.missing is None:
-            term = F.gelu(self.norms[level](projected))
-            return term.new_zeros(num_sites, term.shape[1]).index_copy(0, positions, term)
-        everywhere = self.linears[level](self.missing[None]).expand(num_sites, -1)
-        return F.gelu(self.norms[level](everywhere.index_copy(0, positions, projected)))
+    def term(self, place: str, projected: Tensor, sites: Tensor, num_sites: int) -> Tensor:
+        """[num_sites, channels] of a place, from its projected rows and their places among the sites."""
+        norm = self.norms[place]
+        if self.missing is None and self.config.pool != "zero_max" and not self.config.visibility_flag:
+            term = F.gelu(norm(projected))
+            return term.new_zeros(num_sites, term.shape[1]).index_copy(0, sites, term)
+        unseen = projected.new_zeros(1, projected.shape[1])
+        if self.missing is not None:
+            unseen = F.linear(self.missing[None], self._weight(place))
+        return F.gelu(norm(unseen.expand(num_sites, -1).index_copy(0, sites, projected)))
 
-    def _check(self, features: FeatureRows, sites: Sequence[Tensor]) -> None:
+    def _places(self, level: int) -> list[str]:
+        return [place for place, at in self.levels.items() if at == level]
+
+    def _weight(self, place: str) -> Tensor:
+        weight = self.linears[place].get_parameter("weight")
+        return weight[:, : self.feature_dim] if self.config.visibility_flag else weight
+
+    def _check(self, features: FeatureRows, sites: Tensor) -> None:
         if features.table.shape[1] != self.feature_dim:
             raise MismatchError(
                 f"the network injects VFM features of {self.feature_dim} channels, the batch holds rows of "
                 f"{features.table.shape[1]}; use the cache and the VFM that the network was trained with"
             )
-        if len(features.index) != len(sites[0]):
-            raise DataError(f"{len(sites[0])} points but {len(features.index)} feature indices; give one per point")
+        if len(features.index) != len(sites):
+            raise DataError(f"{len(sites)} points but {len(features.index)} feature indices; give one per point")
 
-    @torch.no_grad()
-    def _occupied(self, features: FeatureRows, sites: Sequence[Tensor]) -> _OccupiedVoxels:
-        # Morton keys are sorted once: the key of a coarser site is the finer one's without its last three bits, so
-        # that the children of a site stay neighbours at every resolution.
-        seen = features.index >= 0
-        if self.training and self.config.feature_drop > 0:
-            seen &= torch.rand(len(seen), device=seen.device) >= self.config.feature_drop
-        points = seen.nonzero().squeeze(1)
-        keys, order = morton_keys(sites[0][points]).sort()
-        positions, parents = [points[order]], []
-        for level in range(1, len(sites) + 1):
-            keys, parent = torch.unique_consecutive(keys >> 3, return_inverse=True)
-            parents.append(parent)
-            if level < len(sites):
-                site_keys, order = morton_keys(sites[level], level).sort()
-                positions.append(order[torch.searchsorted(site_keys, keys)])
-        return _OccupiedVoxels(features.index[positions[0]], positions, parents)
+
+class InjectedTerms:
+    """What one batch's features contribute; `encoder` and `decoder` are the `Terms` that a backbone asks.
+
+    The last layers of a term wait until the backbone asks, because only it knows the order of its sites.
+    """
+
+    def __init__(
+        self, injection: Injection, voxels: OccupiedVoxels, projected: dict[str, Tensor], num_points: int
+    ) -> None:
+        self._injection = injection
+        self._voxels = voxels
+        self._projected = projected
+        self._num_points = num_points
+
+    def input(self, feat: Tensor) -> Tensor:
+        """The network input [N, C_in] with the channels of the "input" place appended, if there is one."""
+        if "input" not in self._projected:
+            return feat
+        return torch.cat([feat, self._term("input", self._voxels.points, self._num_points)], dim=1)
+
+    def encoder(self, level: int, sites: Tensor) -> Tensor | None:
+        """Term [M_l, channels] float32 of the encoder at a resolution; None where nothing is injected.
+
+        Args:
+            level: l.
+            sites: [M_l, 4] int32 (batch, and three coordinates in voxels of 2^l cells), in the backbone's order.
+        """
+        return self._at(f"encoder{level}", level, sites)
+
+    def decoder(self, level: int, sites: Tensor) -> Tensor | None:
+        """Term of the decoder at a resolution; as `encoder`."""
+        return self._at(f"{level}", level, sites)
+
+    def _at(self, place: str, level: int, sites: Tensor) -> Tensor | None:
+        if place not in self._projected:
+            return None
+        return self._term(place, self._voxels.places(level, sites), len(sites))
+
+    def _term(self, place: str, sites: Tensor, num_sites: int) -> Tensor:
+        projected = self._projected[place]
+        with torch.autocast(projected.device.type, enabled=False):
+            return self._injection.term(place, projected, sites, num_sites)
 
 
 def dequantize(features: FeatureRows, rows: Tensor) -> Tensor:
@@ -169,66 +212,45 @@ def dequantize(features: FeatureRows, rows: Tensor) -> Tensor:
 class _ProjectAndPool(torch.autograd.Function):
     """Projects the rows of resolution 0 and pools them to resolution 1, in one pass and in portions.
 
-    All rows of a batch as float32 would be gigabytes; the backward pass reads the stored rows again instead.
+    All rows of a batch as float32 would be gigabytes; the backward pass reads the stored rows again instead. Without
+    weights, or with voxels of one resolution, it leaves out the one or the other.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, features: FeatureRows, voxels: _OccupiedVoxels, reduce: Reduce
-    ) -> tuple[Tensor, Tensor]:
-        ctx.features, ctx.rows = features, voxels.rows
-        parent = voxels.parents[0]
-        size = int(parent[-1]) + 1 if len(parent) else 0
-        projected = weight.new_empty(len(voxels.rows), weight.shape[0])
-        pooled = weight.new_empty(size, weight.shape[1])
-        segments = list(_portions(size, features.table, rows_each=4))  # 1 to 8; about 3 on surfaces
-        edges = torch.tensor([0, *(stop for _, stop in segments)], device=parent.device)
-        bounds = torch.searchsorted(parent, edges).tolist()
-        for (start, stop), first, last in zip(segments, bounds[:-1], bounds[1:], strict=True):
-            values = dequantize(features, voxels.rows[first:last])
-            torch.mm(values, weight.T, out=projected[first:last])
-            pooled[start:stop] = reduce(values, parent[first:last] - start, stop - start)
+        ctx: Any, features: FeatureRows, rows: Tensor, voxels: OccupiedVoxels, reduce: Reduce, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.features, ctx.rows = features, rows
+        projected = [weight.new_empty(len(rows), len(weight)) for weight in weights]
+        pooled = torch.empty(len(voxels.keys[1]) if voxels.parents else 0, features.table.shape[1], device=rows.device)
+        firsts = torch.arange(0, len(rows), _portion(features.table), device=rows.device)
+        segments: list[int] = []
+        if voxels.parents:  # no voxel of resolution 1 is cut in two
+            at_first = voxels.parents[0][firsts].unique_consecutive()
+            firsts = torch.searchsorted(voxels.parents[0], at_first)
+            segments = [*at_first.tolist(), len(pooled)]
+        for i, (first, last) in enumerate(pairwise([*firsts.tolist(), len(rows)])):
+            values = dequantize(features, rows[first:last])
+            for weight, out in zip(weights, projected, strict=True):
+                torch.mm(values, weight.T, out=out[first:last])
+            if voxels.parents:
+                start, stop = segments[i : i + 2]
+                pooled[start:stop] = reduce(values, voxels.parents[0][first:last] - start, stop - start)
         ctx.mark_non_differentiable(pooled)
-        return projected, pooled
+        return pooled, *projected
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = grads[0]
-        grad_weight = grad.new_zeros(grad.shape[1], ctx.features.table.shape[1])
-        for first, last in _portions(len(ctx.rows), ctx.features.table):
-            grad_weight.addmm_(grad[first:last].T, dequantize(ctx.features, ctx.rows[first:last]))
-        return grad_weight, None, None, None
+    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        channels, portion = ctx.features.table.shape[1], _portion(ctx.features.table)
+        grad_weights = [grad.new_zeros(grad.shape[1], channels) for grad in grads]
+        for i, rows in enumerate(ctx.rows.split(portion)):
+            values = dequantize(ctx.features, rows)
+            for grad, grad_weight in zip(grads, grad_weights, strict=True):
+                grad_weight.addmm_(grad[i * portion :][: len(rows)].T, values)
+        return None, None, None, None, *grad_weights
 
 
-def _portions(count: int, table: Tensor, rows_each: int = 1) -> Iterator[tuple[int, int]]:
-    """Ranges over `count` items: of cache size on a CPU, large enough to hide kernel launches on a GPU."""
-    step = max(1, _PORTION_ELEMENTS[table.device.type] // (rows_each * table.shape[1]))
-    return ((start, min(start + step, count)) for start in range(0, count, step))
-
-
-def morton_keys(sites: Tensor, level: int = 0) -> Tensor:
-    """Sort keys of voxels: samples one after the other, and within one along the Z curve.
-
-    Args:
-        sites: [M, 4] integer (batch, and three coordinates in [0, 2^16)).
-        level: resolution of the sites.
-
-    Returns:
-        [M] int64, unique for unique sites of one level; `key >> 3` is the key of the enclosing site of the next level.
-
-    Raises:
-        DataError: coordinates or batches beyond the keys' range (seen on the CPU only).
-    """
-    if sites.device.type == "cpu" and len(sites):
-        high = sites.amax(dim=0).tolist()
-        if int(sites.amin()) < 0 or high[0] >= _MAX_SAMPLES or max(high[1:]) >= 1 << _AXIS_BITS:
-            raise DataError(
-                f"voxel coordinates must be in [0, {1 << _AXIS_BITS}) and batches in [0, {_MAX_SAMPLES}), got up to "
-                f"{high}; use a larger grid size or crop the samples"
-            )
-    axes = sites[:, 1:].long()
-    for shift, mask in _SPREAD:
-        axes = (axes | (axes << shift)) & mask
-    batch = sites[:, 0].long() << (3 * (_AXIS_BITS - level))
-    return batch | axes[:, 0] | (axes[:, 1] << 1) | (axes[:, 2] << 2)
+def _portion(table: Tensor) -> int:
+    """Rows at a time: of cache size on a CPU, enough to hide kernel launches on a GPU."""
+    return max(1, _PORTION_ELEMENTS[table.device.type] // table.shape[1])

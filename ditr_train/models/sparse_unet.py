@@ -7,7 +7,7 @@ resolution. Facts of the topology: Choy et al. 2019 (MinkowskiNet) and the shape
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from torch.nn import functional as F
 
 from ditr_train.models.config import SparseUNetConfig
 from ditr_train.models.sparse_conv import SparseConv3d, SparseInverseConv3d, SubMConv3d
+
+Terms = Callable[[int, Tensor], Tensor | None]
+"""What is added to the features of a resolution: (its number l, its sites [M_l, 4] int32 in the features' order: batch
+and three coordinates in voxels of 2^l grid cells) -> [M_l, channels] float32, or None for nothing."""
 
 
 class RowNorm(nn.BatchNorm1d):
@@ -71,32 +75,41 @@ class SparseUNet(nn.Module):
             coarse = channels
         self.apply(_initialise)
 
-    def encode(self, voxels: Any) -> list[Any]:
-        """Sparse tensor of the input -> sparse tensors of resolutions 0..num_stages, the skips and the bottleneck."""
-        levels = [self.stem(voxels)]
-        for down, blocks in zip(self.down, self.encoder, strict=True):
-            levels.append(blocks(down(levels[-1])))
+    def encode(self, voxels: Any, terms: Terms | None = None) -> list[Any]:
+        """Sparse tensors of resolutions 0..num_stages, the skips and the bottleneck.
+
+        Args:
+            voxels: sparse tensor of the input.
+            terms: asked once for each of the resolutions; added to the output of the stem or of the strided
+                convolution, before the blocks.
+        """
+        levels = [_plus(self.stem(voxels), 0, terms)]
+        for level, (down, blocks) in enumerate(zip(self.down, self.encoder, strict=True), start=1):
+            levels.append(blocks(_plus(down(levels[-1]), level, terms)))
         return levels
 
-    def decode(self, levels: Sequence[Any], skip_terms: Sequence[Tensor] | None = None) -> Tensor:
+    def decode(self, levels: Sequence[Any], terms: Terms | None = None) -> Tensor:
         """Features [N, out_channels] of the input voxels, in their order.
 
         Args:
             levels: what `encode` returned.
-            skip_terms: for each of the resolutions 0..num_stages-1 a tensor of its skip's shape that is added to it.
+            terms: asked once for each of the resolutions num_stages-1..0; added to its skip.
         """
         voxels = levels[-1]
         for up, blocks, level in zip(self.up, self.decoder, reversed(range(len(self.up))), strict=True):
-            skip = levels[level].features
-            if skip_terms is not None:
-                skip = skip + skip_terms[level]
+            skip = _plus(levels[level], level, terms)
             voxels = up(voxels)
-            voxels = blocks(voxels.replace_feature(torch.cat([voxels.features, skip], dim=1)))
+            voxels = blocks(voxels.replace_feature(torch.cat([voxels.features, skip.features], dim=1)))
         return voxels.features
 
     def forward(self, voxels: Any) -> Tensor:
         """Sparse tensor of N input voxels -> [N, out_channels]."""
         return self.decode(self.encode(voxels))
+
+
+def _plus(voxels: Any, level: int, terms: Terms | None) -> Any:
+    term = None if terms is None else terms(level, voxels.indices)
+    return voxels if term is None else voxels.replace_feature(voxels.features + term)
 
 
 class _ConvNormReLU(nn.Module):

@@ -13,7 +13,8 @@ from ditr_cache.errors import DataError, MismatchError, UsageError
 from ditr_train.data.sample import FeatureRows
 from ditr_train.models import injection as injection_module
 from ditr_train.models.config import InjectionConfig
-from ditr_train.models.injection import Injection, dequantize, morton_keys
+from ditr_train.models.injection import Injection, dequantize
+from ditr_train.models.occupancy import morton_keys
 
 DIM = 6
 SKIPS = (3, 4, 5, 2)
@@ -42,12 +43,18 @@ def make_rows(num_points: int, codec: str = "int8", seed: int = 0, missing: floa
 
 def make(sites_seed: int = 0, **settings_: object) -> Injection:
     torch.manual_seed(sites_seed)
-    injection = Injection(InjectionConfig(**settings_), DIM, SKIPS, norm_momentum=0.1)  # type: ignore[arg-type]
-    for linear in injection.linears:
+    injection = Injection(InjectionConfig(**settings_), DIM, SKIPS, (), norm_momentum=0.1)  # type: ignore[arg-type]
+    for linear in injection.linears.values():
         torch.nn.init.normal_(linear.weight)
     if injection.missing is not None:
         torch.nn.init.normal_(injection.missing)
     return injection
+
+
+def inject(injection: Injection, rows: FeatureRows, sites: list[Tensor]) -> list[Tensor]:
+    """The terms of the decoder."""
+    injected = injection(rows, sites[0])
+    return [term for level, at in enumerate(sites) if (term := injected.decoder(level, at)) is not None]
 
 
 def oracle(injection: Injection, rows: FeatureRows, sites: list[Tensor]) -> list[Tensor]:
@@ -65,7 +72,7 @@ def oracle(injection: Injection, rows: FeatureRows, sites: list[Tensor]) -> list
         seen = [i for i, site in enumerate(level_sites.tolist()) if tuple(site) in inside]
         stacks = [torch.stack(inside[tuple(level_sites[i].tolist())]) for i in seen]
         reduced = torch.stack([s.mean(dim=0) if injection.config.pool == "mean" else s.amax(dim=0) for s in stacks])
-        linear, norm = injection.linears[level], injection.norms[level]
+        linear, norm = injection.linears[f"{level}"], injection.norms[f"{level}"]
         if injection.missing is None:
             values = F.gelu(norm(linear(reduced)))
             term = torch.zeros(len(level_sites), values.shape[1]).index_copy(0, torch.tensor(seen), values)
@@ -90,7 +97,7 @@ def test_equals_a_loop_over_sites_with_gradients(
     rows = make_rows(len(sites[0]), codec)
     injection = make(pool=pool, missing_embedding=embedding).train(train)
     twin = copy.deepcopy(injection)
-    terms, expected = injection(rows, sites), oracle(twin, rows, sites)
+    terms, expected = inject(injection, rows, sites), oracle(twin, rows, sites)
     for term, level_sites, channels in zip(terms, sites, SKIPS, strict=True):
         assert term.shape == (len(level_sites), channels) and term.dtype == torch.float32
     generator = torch.Generator().manual_seed(9)
@@ -111,10 +118,10 @@ def test_unseen_points_neither_clamp_the_maximum_nor_dilute_the_mean() -> None:
     sites = [torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0]]).int(), torch.tensor([[0, 0, 0, 0]]).int()]
     rows = FeatureRows(table=torch.full((1, DIM), -2.0).half(), scale=None, index=torch.tensor([0, -1]))
     for pool in ("mean", "max"):
-        injection = Injection(InjectionConfig(pool=pool), DIM, (DIM, DIM)).eval()  # type: ignore[arg-type]
-        torch.nn.init.eye_(injection.linears[1].weight)
+        injection = Injection(InjectionConfig(pool=pool), DIM, (DIM, DIM), ()).eval()  # type: ignore[arg-type]
+        torch.nn.init.eye_(injection.linears["1"].weight)
         expected = F.gelu(torch.full((1, DIM), -2.0) / (1 + 1e-3) ** 0.5)
-        torch.testing.assert_close(injection(rows, sites)[1], expected)
+        torch.testing.assert_close(inject(injection, rows, sites)[1], expected)
 
 
 def test_sites_without_features_get_nothing_and_change_nothing() -> None:
@@ -122,12 +129,12 @@ def test_sites_without_features_get_nothing_and_change_nothing() -> None:
     rows = make_rows(len(sites[0]))
     rows.index[sites[0][:, 0] == 1] = -1  # nothing seen in the second sample
     injection = make().train()
-    terms = copy.deepcopy(injection)(rows, sites)
+    terms = inject(copy.deepcopy(injection), rows, sites)
     for term, level_sites in zip(terms, sites, strict=True):
         assert not term[level_sites[:, 0] == 1].any()
     first = [level_sites[level_sites[:, 0] == 0] for level_sites in sites]
     alone = FeatureRows(table=rows.table, scale=rows.scale, index=rows.index[sites[0][:, 0] == 0])
-    for term, level_sites, expected in zip(terms, sites, injection(alone, first), strict=True):
+    for term, level_sites, expected in zip(terms, sites, inject(injection, alone, first), strict=True):
         torch.testing.assert_close(term[level_sites[:, 0] == 0], expected, atol=1e-6, rtol=1e-6)
 
 
@@ -138,7 +145,7 @@ def test_nothing_seen_at_all(train: bool, embedding: bool) -> None:
     rows = make_rows(len(sites[0]))
     rows.index.fill_(-1)
     injection = make(missing_embedding=embedding).train(train)
-    terms = injection(rows, sites)
+    terms = inject(injection, rows, sites)
     assert all(bool(torch.isfinite(term).all()) for term in terms)
     assert embedding or not any(bool(term.any()) for term in terms)
     sum(term.sum() for term in terms).backward()
@@ -150,28 +157,28 @@ def test_an_empty_table() -> None:
     rows = FeatureRows(
         table=torch.zeros(0, DIM, dtype=torch.int8), scale=torch.zeros(0), index=torch.full((len(sites[0]),), -1)
     )
-    assert not any(bool(term.any()) for term in make()(rows, sites))
+    assert not any(bool(term.any()) for term in inject(make(), rows, sites))
 
 
 def test_feature_drop_hides_points_in_training_only() -> None:
     sites = [torch.cartesian_prod(torch.tensor([0]), *[torch.arange(20)] * 3).int()]
     rows = make_rows(len(sites[0]), missing=0.0)
-    injection = Injection(InjectionConfig(feature_drop=0.3), DIM, (8,))
+    injection = Injection(InjectionConfig(feature_drop=0.3), DIM, (8,), ())
     torch.manual_seed(0)
-    seen = (injection.train()(rows, sites)[0] != 0).any(dim=1)
+    seen = (inject(injection.train(), rows, sites)[0] != 0).any(dim=1)
     assert float(seen.float().mean()) == pytest.approx(0.7, abs=0.02)
     torch.manual_seed(0)
-    assert torch.equal(seen, (injection(rows, sites)[0] != 0).any(dim=1))
-    assert bool((injection.eval()(rows, sites)[0] != 0).any(dim=1).all())
+    assert torch.equal(seen, (inject(injection, rows, sites)[0] != 0).any(dim=1))
+    assert bool((inject(injection.eval(), rows, sites)[0] != 0).any(dim=1).all())
 
 
 def test_features_keep_their_precision_under_autocast() -> None:
     sites = make_sites()
     rows = make_rows(len(sites[0]))
     injection = make().eval()
-    expected = injection(rows, sites)
+    expected = inject(injection, rows, sites)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = injection(rows, sites)
+        terms = inject(injection, rows, sites)
     assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
 
 
@@ -206,11 +213,11 @@ def test_coordinates_beyond_the_keys_are_refused(site: list[int]) -> None:
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     sites = make_sites()
-    injection = Injection(InjectionConfig(), DIM + 1, SKIPS)
+    injection = Injection(InjectionConfig(), DIM + 1, SKIPS, ())
     with pytest.raises(MismatchError, match=r"7 channels.*6"):
-        injection(make_rows(len(sites[0])), sites)
+        injection(make_rows(len(sites[0])), sites[0])
     with pytest.raises(DataError, match="feature indices"):
-        make()(make_rows(len(sites[0]) - 1), sites)
+        make()(make_rows(len(sites[0]) - 1), sites[0])
 
 
 @pytest.mark.parametrize(

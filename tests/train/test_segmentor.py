@@ -78,6 +78,8 @@ CONFIGS = {
     "mean": INJECT,
     "max": InjectionConfig(pool="max"),
     "embedding": InjectionConfig(missing_embedding=True),
+    "everywhere": InjectionConfig(encoder=(0, 2, 4), input=True, pool="zero_max", visibility_flag=True),
+    "input": InjectionConfig(decoder=(), input=True, visibility_flag=True, missing_embedding=True),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 

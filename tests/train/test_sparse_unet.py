@@ -121,15 +121,49 @@ def test_published_shape() -> None:
     assert any("block" in name for name, _ in net.named_parameters())
 
 
-def test_skip_terms_are_added_to_the_skips() -> None:
+def test_decoder_terms_are_added_to_the_skips() -> None:
     batch, grid = random_voxels(0)
     net = SparseUNet(SMALL, in_channels=3).eval()
     levels = net.encode(sparse_tensor(torch.randn(len(grid), 3), grid, batch, 2, 4))
     assert [level.features.shape[1] for level in levels[:-1]] == list(SMALL.skip_channels)
     terms = [torch.randn_like(level.features) for level in levels[:-1]]
-    added = [level.replace_feature(level.features + t) for level, t in zip(levels, terms, strict=False)]
-    torch.testing.assert_close(net.decode(levels, terms), net.decode([*added, levels[-1]]))
-    assert not torch.allclose(net.decode(levels, terms), net.decode(levels))
+    asked = []
+
+    def term(level: int, sites: torch.Tensor) -> torch.Tensor | None:
+        asked.append(level)
+        assert torch.equal(sites, levels[level].indices)
+        return None if level == 2 else terms[level]
+
+    added = [t if i == 2 else t.replace_feature(t.features + terms[i]) for i, t in enumerate(levels[:-1])]
+    torch.testing.assert_close(net.decode(levels, term), net.decode([*added, levels[-1]]))
+    assert asked == [3, 2, 1, 0]
+    assert torch.equal(net.decode(levels, lambda level, sites: None), net.decode(levels))
+
+
+def test_encoder_terms_are_added_before_the_blocks() -> None:
+    batch, grid = random_voxels(0)
+    net = SparseUNet(SMALL, in_channels=3).eval()
+    distinct_weights(net)
+    voxels = sparse_tensor(torch.randn(len(grid), 3), grid, batch, 2, 4)
+    terms: dict[int, torch.Tensor] = {}
+
+    def term(level: int, sites: torch.Tensor) -> torch.Tensor | None:
+        channels = SMALL.encoder_channels[level]
+        terms[level] = torch.randn(len(sites), channels, generator=torch.Generator().manual_seed(level))
+        return None if level == 1 else terms[level]
+
+    levels = net.encode(voxels, term)
+    assert list(terms) == [0, 1, 2, 3, 4]
+    x = net.stem(voxels)
+    x = x.replace_feature(x.features + terms[0])
+    torch.testing.assert_close(levels[0].features, x.features)
+    for level, (down, blocks) in enumerate(zip(net.down, net.encoder, strict=True), start=1):
+        x = down(x)
+        x = blocks(x if level == 1 else x.replace_feature(x.features + terms[level]))
+        torch.testing.assert_close(levels[level].features, x.features)
+    plain = net.encode(voxels)
+    assert torch.equal(plain[0].features, net.stem(voxels).features)
+    assert not torch.allclose(levels[4].features, plain[4].features)
 
 
 def test_other_depths() -> None:
