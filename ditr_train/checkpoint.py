@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ditr_cache.errors import DataError, FormatVersionError, MissingDataError, StorageError
 
@@ -41,6 +42,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             f"cannot write checkpoint {str(path)!r}: {reason}; free space or mend the folder, then continue with "
             "--resume from the checkpoint before it"
         ) from error
+
+
+def used_weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint that are evaluated and used: the moving average where the run keeps one."""
+    weights: dict[str, Tensor] = state["model"] if state.get("ema") is None else state["ema"]["model"]
+    return weights
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

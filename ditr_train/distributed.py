@@ -42,6 +42,14 @@ class Processes:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value)
 
+    def sum(self, value: float) -> float:
+        """Sum of `value` over the processes; all of them must ask."""
+        if self.world == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:

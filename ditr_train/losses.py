@@ -1,4 +1,4 @@
-"""Loss of semantic segmentation: cross-entropy and Lovász-softmax (Berman et al., CVPR 2018)."""
+"""Losses: of semantic segmentation, cross-entropy and Lovász-softmax (Berman et al., CVPR 2018); of distillation."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ def segmentation_loss(
     if lovasz_weight:
         loss = loss + lovasz_weight * lovasz_softmax(scores.softmax(dim=1), target)
     return loss
+
+
+def distillation_loss(cosine: Tensor) -> Tensor:
+    """mean(1 - cos) over the points that have a feature (D-DITR, arXiv 2503.18944).
+
+    Args:
+        cosine: [V] between prediction and feature.
+
+    Returns:
+        A float32 scalar. Without any point it is 0, with a gradient of zeros.
+    """
+    return (1.0 - cosine).mean() if len(cosine) else cosine.sum()
 
 
 def lovasz_softmax(probabilities: Tensor, target: Tensor) -> Tensor:

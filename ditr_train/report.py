@@ -13,14 +13,46 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
+def headline(results: Mapping[str, Any]) -> str:
+    """The one number of an evaluation: mIoU in percent, or the cosine of a distillation."""
+    if "cosine" in results:
+        return f"cosine {'-' if results['cosine'] is None else format(results['cosine'], '.4f')}"
+    return f"mIoU {percent(results['mIoU'])}"
+
+
+def protocol_name(results: Mapping[str, Any]) -> str:
+    """`fast protocol`, or `full protocol, TTA scannet`; empty for results that do not say."""
+    if "protocol" not in results:
+        return ""
+    name = f"{results['protocol']} protocol"
+    if "tta" not in results:
+        return name
+    return f"{name}, TTA {results['tta'] if isinstance(results['tta'], str) else 'of the recipe'}"
+
+
 def summary(results: Mapping[str, Any]) -> str:
-    """One line: mIoU, mAcc and allAcc in percent."""
-    return "  ".join(f"{name} {percent(results[name])}" for name in ("mIoU", "mAcc", "allAcc"))
+    """One line: mIoU, mAcc and allAcc in percent and the protocol behind them, or the cosine of a distillation."""
+    if "cosine" in results:
+        return headline(results)
+    scores = "  ".join(f"{name} {percent(results[name])}" for name in ("mIoU", "mAcc", "allAcc"))
+    return f"{scores}  ({protocol_name(results)})" if protocol_name(results) else scores
+
+
+def prediction(done: Mapping[str, Any]) -> str:
+    """What was predicted for one input, from what `predict_inputs` returns: points, speed, and the share per class."""
+    points = f"{done['points']:,} points in {done['tiles']} tile{'s' * (done['tiles'] != 1)}, {done['seconds']:.1f} s"
+    lines = [f"{done['input']}: {points}, {done['points_per_second'] / 1000:,.0f} k points/s"]
+    if done["unlabelled"]:
+        lines.append(f"  {done['unlabelled']:,} points without finite coordinates have label -1")
+    shares = sorted(done["share"].items(), key=lambda item: -item[1])
+    lines.append("  " + ", ".join(f"{name} {percent(share)} %" for name, share in shares if share))
+    return "\n".join([*lines, *(f"  {path}" for path in done["files"])])
 
 
 def class_table(results: Mapping[str, Any]) -> Table:
     """IoU of every class and, below, of all, in percent, from what `evaluate` returns."""
-    table = Table("class", title=f"{results['split']} of {results['run']}", show_footer=True)
+    title = ", ".join(filter(None, (f"{results['split']} of {results['run']}", protocol_name(results))))
+    table = Table("class", title=title, show_footer=True)
     table.columns[0].footer = "mIoU"
     table.add_column("IoU %", justify="right", footer=percent(results["mIoU"]))
     for name, iou in results["IoU"].items():

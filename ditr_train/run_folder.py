@@ -2,66 +2,126 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import ditr_cache
 from ditr_cache.errors import DataError, MismatchError, MissingDataError, StorageError, UsageError
-from ditr_cache.schema import VFMSpec
+from ditr_cache.schema import VFMSpec, canonical_digest
+from ditr_train.data.dataset import CachedDataset
 from ditr_train.recipe import Recipe, differing_keys, read_recipe
 
-FREE_KEYS = ("cache", "description", "data.workers", "training.checkpoint_every", "training.log_every")
-"""Recipe keys that may differ between a run and its continuation: none of them changes a weight."""
+FREE_KEYS = (
+    "cache", "description", "data.workers", "evaluation", "tracking", "training.checkpoint_every", "training.log_every",
+)  # fmt: skip
+"""Recipe keys and sections that may differ between a run and its continuation: none of them changes a weight."""
+
+
+def is_free(key: str) -> bool:
+    """Whether a dotted recipe key is one of `FREE_KEYS`, or lies below one of them."""
+    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheInfo:
+    """One cache that a run reads.
+
+    Args:
+        path: absolute.
+        dataset: of the cache.
+        vfm_key: of the features that are read; None where none are.
+        samples: number of training samples.
+        identity: digest over the geometry and features of the samples that are trained on; it changes with every
+            change of their content.
+    """
+
+    path: str
+    dataset: str
+    vfm_key: str | None
+    samples: int
+    identity: str
+
+    @classmethod
+    def of(cls, parts: Sequence[CachedDataset]) -> CacheInfo:
+        """The description of the datasets of one cache."""
+        cache, vfm = parts[0].cache, parts[0].vfm
+        used = {sample for part in parts for sample in part.ids}
+        digests = []
+        for partition, record in sorted(cache.geometry.items()):
+            if not used.isdisjoint(sample.id for sample in record.samples):
+                features = None if vfm is None else cache.feature_record(vfm, partition)
+                rows = {} if features is None else {name: info.sha256 for name, info in features.arrays.items()}
+                digests.append([partition, record.digest, rows])
+        return cls(
+            path=str(cache.paths.root.resolve()),
+            dataset=cache.metadata.dataset,
+            vfm_key=None if vfm is None else vfm.key,
+            samples=sum(map(len, parts)),
+            identity=canonical_digest([digests, sorted(used)]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """`run.json`: what a run was made from.
+    """`run.json`: what a run was made from, and what its network needs to be used without a cache.
 
     Args:
-        cache: absolute path of the cache.
-        dataset: of the cache.
+        caches: that the run reads.
         class_names: in the order of the network's outputs.
+        class_colors: RGB in 0..255, one per class.
         in_channels: width of the network input.
-        vfm: every field of the `VFMSpec`; None where no features are injected.
-        versions: of ditr, python, torch and numpy.
-        git_commit: of the working folder, where it is a git repository.
+        vfm: every field of the `VFMSpec` of the first cache; None where no features are read.
+        init: what the weights started from, see `ditr_train.initialise`; None: fresh.
+        versions: of ditr, python and the libraries that decide the numbers.
+        device: where the run started, in words.
+        command: the process's own, to be run again.
+        git_commit: of the working folder, where it is a git repository; with `+` where files differ from it.
     """
 
-    cache: str
-    dataset: str
+    caches: tuple[CacheInfo, ...]
     class_names: tuple[str, ...]
+    class_colors: tuple[tuple[int, int, int], ...]
     in_channels: int
     vfm: dict[str, Any] | None
+    init: dict[str, Any] | None
     versions: dict[str, str]
+    device: str
+    command: str
     git_commit: str | None
 
     @classmethod
     def of(
-        cls, *, cache: Path, dataset: str, class_names: tuple[str, ...], in_channels: int, vfm: VFMSpec | None
+        cls,
+        sources: Sequence[Sequence[CachedDataset]],
+        *,
+        device: torch.device,
+        init: Mapping[str, Any] | None = None,
     ) -> RunInfo:
-        """The description of a run that starts now."""
+        """The description of a run that starts now, from its training datasets, source by source."""
+        first = sources[0][0]
         return cls(
-            cache=str(cache.resolve()),
-            dataset=dataset,
-            class_names=class_names,
-            in_channels=in_channels,
-            vfm=None if vfm is None else _plain(vfm),
-            versions={
-                "ditr": ditr_cache.__version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
+            caches=tuple(CacheInfo.of(parts) for parts in sources),
+            class_names=first.class_names,
+            class_colors=first.cache.metadata.class_colors,
+            in_channels=first.in_channels,
+            vfm=None if first.vfm is None else _plain(first.vfm),
+            init=None if init is None else dict(init),
+            versions={"ditr": ditr_cache.__version__, "python": platform.python_version(), **_library_versions()},
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             git_commit=_git_commit(),
         )
 
@@ -78,7 +138,8 @@ class RunInfo:
             if name != "name" and now.get(name) != trained:
                 raise MismatchError(
                     f"the cache's features are not those the run was trained with: {name} differs, expected "
-                    f"{trained!r}, got {now.get(name)!r}; use the cache {self.cache!r} or one of the same VFM settings"
+                    f"{trained!r}, got {now.get(name)!r}; use the cache {self.caches[0].path!r} or one of the same VFM "
+                    "settings"
                 )
 
 
@@ -154,23 +215,38 @@ class RunFolder:
             )
         try:
             values = json.loads(self.info.read_text())
-            info = RunInfo(**{**values, "class_names": tuple(values["class_names"])})
+            info = RunInfo(
+                **{
+                    **values,
+                    "caches": tuple(CacheInfo(**cache) for cache in values["caches"]),
+                    "class_names": tuple(values["class_names"]),
+                    "class_colors": tuple(tuple(color) for color in values["class_colors"]),
+                }
+            )
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise DataError(f"{str(self.info)!r} is damaged ({error}); train again") from error
         return read_recipe(self.recipe), info
 
-    def check_same(self, recipe: Recipe, vfm: VFMSpec | None, class_names: tuple[str, ...]) -> None:
-        """Raise `MismatchError` where a run cannot be continued with this recipe and cache; names what differs."""
+    def check_same(self, recipe: Recipe, sources: Sequence[Sequence[CachedDataset]]) -> None:
+        """Raise `MismatchError` where a run cannot be continued with this recipe and data; names what differs."""
         stored, info = self.open()
-        changed = [k for k in differing_keys(stored, recipe) if k not in FREE_KEYS]
+        changed = [k for k in differing_keys(stored, recipe) if not is_free(k)]
         if changed:
             raise MismatchError(
                 f"run folder {str(self.path)!r} was started with another recipe: {', '.join(changed)} differ; resume "
                 "with the same settings, or start another run with another --out"
             )
-        if info.class_names != class_names:
+        first = sources[0][0]
+        if info.class_names != first.class_names:
             raise MismatchError(f"run folder {str(self.path)!r}: the cache's classes are not those of the run")
-        info.check_vfm(vfm)
+        info.check_vfm(first.vfm)
+        for then, now in zip(info.caches, map(CacheInfo.of, sources), strict=True):
+            if then.identity != now.identity:
+                raise MismatchError(
+                    f"run folder {str(self.path)!r}: the training samples of cache {now.path!r} are not those that the "
+                    f"run began with ({then.samples} then, {now.samples} now): samples were added, removed or made "
+                    "anew; bring that cache back, or start another run with another --out"
+                )
 
 
 def _replace(path: Path, text: str) -> None:
@@ -184,9 +260,22 @@ def _plain(spec: VFMSpec) -> dict[str, Any]:
     return plain
 
 
+def _library_versions() -> dict[str, str]:
+    names = ("torch", "numpy", "zarr", "spconv-cu120", "spconv-cu126", "torch-scatter")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _git_commit() -> str | None:
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None

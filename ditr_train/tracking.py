@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, and a progress display."""
+"""What a run tells: `metrics.jsonl`, TensorBoard, Weights & Biases, and a progress display."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ditr_cache.errors import StorageError
+from ditr_train.recipe import TrackingConfig
+from ditr_train.report import headline, summary
+from ditr_train.wandb_run import WandbRun, require_wandb
 
 
 class MetricsLog:
@@ -72,34 +75,53 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Metrics of the main process: to `metrics.jsonl` and to TensorBoard.
+    """Metrics of the main process: to `metrics.jsonl`, to TensorBoard, and to Weights & Biases.
 
     Args:
         folder: the run folder.
         step: the step from which the run goes on.
-        tensorboard: also write event files to `folder`/tensorboard.
+        config: what is written beside `metrics.jsonl`.
+        recipe: the resolved recipe, shown by W&B.
+
+    Raises:
+        StorageError: the folder cannot be written.
+        UsageError: W&B is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, step: int = 0, *, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int = 0,
+        config: TrackingConfig = TrackingConfig(),  # noqa: B008 - frozen
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        if config.wandb is not None:
+            require_wandb()
         self.log = MetricsLog(folder / "metrics.jsonl", step)
         self._writer: Any = None
-        if tensorboard:
+        if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._wandb = None if config.wandb is None else WandbRun(folder, config.wandb, recipe or {})
 
     def write(self, kind: str, *, step: int, **values: Any) -> None:
-        """Record values of one step; numbers (and numbers in mappings) also go to TensorBoard as `kind/name`."""
+        """Record values of one step; numbers (and numbers in mappings) also go to the others as `kind/name`."""
         self.log.write(kind, step=step, **values)
+        numbers = flat(values, f"{kind}/")
         if self._writer is not None:
-            for name, value in flat(values).items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(numbers, step)
 
     def close(self) -> None:
         """Flush and close everything."""
         self.log.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -114,21 +136,21 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class TrainProgress:
-    """Progress bar with loss, mIoU and data-wait percentage; plain lines where there is no terminal.
+    """Progress bar with loss, score and data-wait percentage; plain lines where there is no terminal.
 
     Args:
-        total, start: steps of the run, and those that are done already.
+        total: steps of the run.
         enabled: show anything at all.
         console: where to.
         every: seconds between plain lines.
     """
 
     def __init__(
-        self, total: int, start: int = 0, *, enabled: bool = True, console: Console | None = None, every: float = 10.0
+        self, total: int, *, enabled: bool = True, console: Console | None = None, every: float = 10.0
     ) -> None:
         self.console = console or Console(stderr=True)
         self.total, self.every, self.enabled = total, every, enabled
-        self._miou: float | None = None
+        self._score = ""
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._spoken = time.monotonic()
@@ -137,7 +159,7 @@ class TrainProgress:
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                 TextColumn("{task.fields[info]}"), console=self.console,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=total, completed=start, info="")
+            self._task = self._bar.add_task("", total=total, info="")
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -150,22 +172,23 @@ class TrainProgress:
 
     def step(self, step: int, *, epoch: int, loss: float, data_wait: float) -> None:
         """Show that `step` steps are done; `data_wait` is the fraction of the time spent waiting for data."""
-        miou = "" if self._miou is None else f"  mIoU {100 * self._miou:.1f}"
-        info = f"epoch {epoch}  loss {loss:.3f}{miou}  data wait {100 * data_wait:.1f} %"
+        score = self._score and f"  {self._score}"
+        info = f"epoch {epoch}  loss {loss:.3f}{score}  data wait {100 * data_wait:.1f} %"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, info=info)
         elif self.enabled and (time.monotonic() - self._spoken >= self.every or step == self.total):
             self._spoken = time.monotonic()
             self.say(f"step {step}/{self.total}  {info}")
 
-    def evaluated(self, split: str, results: Mapping[str, Any], *, epoch: int) -> None:
-        """Show the result of an evaluation."""
-        self._miou = results["mIoU"]
-        shown = "  ".join(
-            f"{name} {'-' if results[name] is None else format(100 * results[name], '.2f')}"
-            for name in ("mIoU", "mAcc", "allAcc")
-        )
-        self.say(f"epoch {epoch}  {split}  {shown}")
+    def begin(self, step: int) -> None:
+        """The run goes on after `step` steps."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def evaluated(self, results: Mapping[str, Any]) -> None:
+        """Show the results of an evaluation, as a run's metrics hold them."""
+        self._score = headline(results)
+        self.say(f"epoch {results['epoch']}  {summary(results)}")
 
     def say(self, text: str) -> None:
         """One line of text, above the bar where there is one."""

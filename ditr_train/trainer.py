@@ -8,11 +8,14 @@ with the very weights of one that was not.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+import resource
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,20 +26,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ditr_cache.errors import CacheError, UsageError
-from ditr_cache.store import open_cache
+from ditr_cache.errors import CacheError
 from ditr_train.checkpoint import load_checkpoint, save_checkpoint
-from ditr_train.data.dataset import CachedDataset
 from ditr_train.data.loader import BatchLoader, TrainBatches, TrainPlan
 from ditr_train.data.sample import PointBatch
 from ditr_train.distributed import Processes, autocast, processes
-from ditr_train.evaluate import Evaluator
-from ditr_train.losses import segmentation_loss
-from ditr_train.models.segmentor import build_segmentor
+from ditr_train.ema import MovingAverage
+from ditr_train.initialise import initialise
 from ditr_train.optim import build_optimizer, build_scheduler
 from ditr_train.recipe import Recipe
 from ditr_train.run_folder import RunFolder, RunInfo
+from ditr_train.tasks import open_task
 from ditr_train.tracking import Tracker, TrainProgress
+from ditr_train.wandb_run import require_wandb
 
 _DROPOUT = 3  # stream of random numbers, beside those of the loader
 
@@ -48,7 +50,7 @@ class TrainingInterruptedError(CacheError, RuntimeError):
 
 
 class DivergedError(CacheError, ArithmeticError):
-    """A loss that is not finite."""
+    """A loss or gradient that is not finite."""
 
     exit_code = 1
 
@@ -67,12 +69,12 @@ def train(
 
     Returns:
         `run`, `steps`, `resumed_from`, `seconds`, `data_wait` (fraction of the training time spent waiting for data),
-        `last` and `best`: results of the final and the best evaluation.
+        `last` and `best`: results of the final and the best evaluation, None where the recipe evaluates nothing.
 
     Raises:
         UsageError: the run folder exists and `resume` is off, or settings that do not fit each other.
         MismatchError: the cache is not the one of the recipe or of the run.
-        DivergedError: the loss is not finite.
+        DivergedError: the loss or a gradient is not finite; names the samples.
         TrainingInterruptedError: SIGTERM or SIGINT; the state is saved.
         CacheError: the cache cannot be used.
     """
@@ -90,18 +92,12 @@ class Trainer:
         data, training = recipe.data, recipe.training
         if this.is_main and not resume:
             self.folder.require_new()
-        cache = open_cache(recipe.require_cache())
-        common: dict[str, Any] = {
-            "grid_size": data.grid_size, "feat": data.feat, "vfm": recipe.vfm, "class_names": recipe.classes
-        }  # fmt: skip
-        self.dataset = CachedDataset(
-            cache, recipe.splits.train, transforms=data.transforms(), point_max=data.point_max, **common
-        )
-        self.evaluator = Evaluator(
-            CachedDataset(cache, recipe.splits.val, **common), this, amp=training.amp, workers=data.workers
-        )
+        if recipe.tracking.wandb is not None:
+            require_wandb()
+        self.task = open_task(recipe, this)
         self.plan = TrainPlan(
-            samples=len(self.dataset),
+            sizes=self.task.sizes,
+            ratios=self.task.ratios,
             batch_size=data.batch_size,
             loop=data.loop,
             seed=recipe.seed,
@@ -110,16 +106,9 @@ class Trainer:
             world=this.world,
         )
         self.total_steps = training.steps or (training.epochs or 0) * self.plan.steps_per_epoch
-        self.class_weights = self._read_class_weights()
 
         torch.manual_seed(recipe.seed)
-        vfm = self.dataset.vfm
-        self.model: nn.Module = build_segmentor(
-            recipe.model,
-            in_channels=self.dataset.in_channels,
-            num_classes=len(self.dataset.class_names),
-            feature_dim=None if vfm is None else vfm.dim,
-        ).to(this.device)
+        self.model: nn.Module = self.task.build().to(this.device)
         if training.sync_batchnorm and this.world > 1 and this.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
@@ -131,11 +120,12 @@ class Trainer:
         self.last: dict[str, Any] | None = None
         """Results of the newest evaluation."""
         self.best: dict[str, Any] | None = None
-        """Results of the evaluation with the highest mIoU."""
+        """Results of the evaluation with the highest score."""
+        self.average: MovingAverage | None = None
+        self._progress = TrainProgress(self.total_steps, enabled=this.is_main and not quiet)
         self._open_folder(resume)
         self.resumed_from = self.step
         self._network: nn.Module = DistributedDataParallel(self.model) if this.world > 1 else self.model
-        self._progress = TrainProgress(self.total_steps, self.step, enabled=this.is_main and not quiet)
         self._tracker: Tracker | None = None
         self._signal: str | None = None
 
@@ -143,7 +133,7 @@ class Trainer:
         """Train what is left of the budget. Returns and raises as `train`."""
         begun, total, window = time.perf_counter(), _Times(), _Times()
         loader = BatchLoader(
-            TrainBatches(self.dataset, seed=self.recipe.seed, mix_prob=self.recipe.data.mix_prob),
+            TrainBatches(self.task.train_set, seed=self.recipe.seed, mix_prob=self.recipe.data.mix_prob),
             self.plan.batches(self.step, self.total_steps),
             workers=self.recipe.data.workers,
             pin_memory=self.this.device.type == "cuda",
@@ -151,7 +141,10 @@ class Trainer:
         self.model.train()
         with contextlib.ExitStack() as stack:
             if self.this.is_main and self.step < self.total_steps:
-                self._tracker = stack.enter_context(contextlib.closing(Tracker(self.folder.path, self.step)))
+                tracker = Tracker(
+                    self.folder.path, self.step, self.recipe.tracking, self.recipe.model_dump(mode="json")
+                )
+                self._tracker = stack.enter_context(contextlib.closing(tracker))
             stack.enter_context(self._progress)
             stack.enter_context(self._signals())
             batches = stack.enter_context(contextlib.closing(iter(loader)))  # type: ignore[type-var]
@@ -186,76 +179,86 @@ class Trainer:
     def _train_step(self, batches: Iterator[PointBatch]) -> _Times:
         begun, times = time.perf_counter(), _Times(steps=1)
         parts = self.recipe.training.accumulation
+        names: list[str] = []
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(parts):
             asked = time.perf_counter()
             batch = next(batches)
             times.waited += time.perf_counter() - asked
+            names += batch.names
+            times.points += len(batch.coord)
             last = part == parts - 1
             with contextlib.nullcontext() if last or self.this.world == 1 else self._network.no_sync():  # type: ignore[operator]
                 loss = self._loss(batch.to(self.this.device, non_blocking=True), part) / parts
                 self.scaler.scale(loss).backward()
-            value = loss.item()  # the one place of a step that waits for the device
+            value = loss.item()
             if not math.isfinite(value):
-                raise DivergedError(
-                    f"step {self.step + 1}: the loss is {value} on {', '.join(batch.names)}; the weights of the last "
-                    f"checkpoint in {str(self.folder.path)!r} are from before it; lower optimizer.lr, set "
-                    "training.clip_grad, or set training.amp to bf16 or off"
-                )
+                raise self._diverged(f"the loss is {value}", batch.names)
             times.loss += value
-        self._update()
+        self._update(names)
         times.seconds = time.perf_counter() - begun
         return times
 
     def _loss(self, batch: PointBatch, part: int) -> Tensor:
-        assert batch.segment is not None
         # Dropout is a function of the step, not of what ran before it: nothing to save, nothing to restore.
-        key = [self.recipe.seed, _DROPOUT, self.step, part, self.this.rank]
+        # Counted over all processes, so that their number changes nothing.
+        key = [self.recipe.seed, _DROPOUT, self.step, part * self.this.world + self.this.rank]
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         with autocast(self.this.device, self.recipe.training.amp):
-            logits = self._network(batch)
-        return segmentation_loss(
-            logits.float(),
-            batch.segment,
-            ignore_index=-1,
-            class_weights=self.class_weights,
-            lovasz_weight=self.recipe.loss.lovasz_weight,
-            label_smoothing=self.recipe.loss.label_smoothing,
-        )
+            return self.task.loss(self._network, batch)
 
-    def _update(self) -> None:
-        if self.recipe.training.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.training.clip_grad)
+    def _update(self, names: Sequence[str]) -> None:
+        self.scaler.unscale_(self.optimizer)
+        limit = self.recipe.training.clip_grad
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        # Under fp16 an overflow is part of the game: the scaler leaves the step out and scales less.
+        if not self.scaler.is_enabled() and not math.isfinite(norm.item()):
+            raise self._diverged(f"the gradient's norm is {norm.item()}", names)
         before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= before:  # else fp16 overflowed and the optimiser skipped the step
             self.scheduler.step()
+            if self.average is not None:
+                self.average.update(self.model)
+
+    def _diverged(self, fault: str, names: Sequence[str]) -> DivergedError:
+        return DivergedError(
+            f"step {self.step + 1}: {fault} on {', '.join(names)}; the weights of the last checkpoint in "
+            f"{str(self.folder.path)!r} are from before it; look at these samples, lower optimizer.lr, set "
+            "training.clip_grad, or set training.amp to bf16 or off"
+        )
 
     def _end_epoch(self) -> None:
         training, done = self.recipe.training, self.step == self.total_steps
         if self.epoch % training.evaluate_every == 0 or done:
-            results = {"epoch": self.epoch, "step": self.step, **self.evaluator(self.model)}
-            self.last = results
-            is_best = self.best is None or (results["mIoU"] or 0.0) > (self.best["mIoU"] or 0.0)
-            if is_best:
-                self.best = results
-            if self._tracker is not None:
-                self._progress.evaluated(self.recipe.splits.val, results, epoch=self.epoch)
-                self._tracker.write("val", **results)
-                if is_best:
-                    save_checkpoint(
-                        self.folder.best, {"model": self.model.state_dict(), "step": self.step, "results": results}
-                    )
+            self._evaluate()
         if self.epoch % training.checkpoint_every == 0 or done:
             self._save()
+
+    def _evaluate(self) -> None:
+        used = self.model if self.average is None else self.average.model
+        results = self.task.evaluate(used)
+        if results is None:
+            return
+        self.last = {"epoch": self.epoch, "step": self.step, **results}
+        score = self.task.score
+        is_best = self.best is None or (self.last[score] or 0.0) > (self.best[score] or 0.0)
+        if is_best:
+            self.best = self.last
+        if self._tracker is not None:
+            self._progress.evaluated(self.last)
+            self._tracker.write("val", **self.last)
+            if is_best:
+                save_checkpoint(self.folder.best, {"model": used.state_dict(), "step": self.step, "results": self.best})
 
     def _save(self) -> None:
         if not self.this.is_main:
             return
+        average = self.average
         state = {
             "model": self.model.state_dict(),
+            "ema": None if average is None else {"model": average.model.state_dict(), "updates": average.updates},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -275,40 +278,38 @@ class Trainer:
                 lr=max(float(group["lr"]) for group in self.optimizer.param_groups),
                 data_wait=window.data_wait,
                 seconds_per_step=window.seconds / window.steps,
+                samples_per_second=self.recipe.data.batch_size * window.steps / window.seconds,
+                points_per_second=window.points * self.this.world / window.seconds,
+                memory_bytes=_peak_memory(self.this.device),
             )
 
     def _open_folder(self, resume: bool) -> None:
-        """Start the run folder, or load the state that it holds."""
-        vfm = self.dataset.vfm
-        if resume and self.folder.started():
-            self.folder.check_same(self.recipe, vfm, self.dataset.class_names)
-            if self.folder.last.exists():
-                state = load_checkpoint(self.folder.last)
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.scheduler.load_state_dict(state["scheduler"])
-                self.scaler.load_state_dict(state["scaler"])
-                self.step, self.last, self.best = state["step"], state["last"], state["best"]
-        elif self.this.is_main:
-            info = RunInfo.of(
-                cache=self.dataset.cache.paths.root,
-                dataset=self.dataset.cache.metadata.dataset,
-                class_names=self.dataset.class_names,
-                in_channels=self.dataset.in_channels,
-                vfm=vfm,
-            )
-            self.folder.create(self.recipe, info)
+        """Start the run folder with its first weights, or load the state that it holds."""
+        resumed = resume and self.folder.started()
+        state = load_checkpoint(self.folder.last) if resumed and self.folder.last.exists() else None
+        if resumed:
+            self.folder.check_same(self.recipe, self.task.sources)
+        started_from = None
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+        elif self.recipe.init is not None:
+            started_from = initialise(self.model, self.recipe.init, self.recipe)
+            self._progress.say(str(started_from))
+        if self.recipe.training.ema is not None:
+            self.average = MovingAverage(self.model, self.recipe.training.ema)
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.last, self.best = state["step"], state["last"], state["best"]
+            if self.average is not None:
+                self.average.model.load_state_dict(state["ema"]["model"])
+                self.average.updates = state["ema"]["updates"]
+        if self.this.is_main and not resumed:
+            init = None if started_from is None else dataclasses.asdict(started_from)
+            self.folder.create(self.recipe, RunInfo.of(self.task.sources, device=self.this.device, init=init))
+        self._progress.begin(self.step)
         self.this.barrier()
-
-    def _read_class_weights(self) -> Tensor | None:
-        weights, classes = self.recipe.loss.class_weights, self.dataset.class_names
-        if weights is None:
-            return None
-        if len(weights) != len(classes):
-            raise UsageError(
-                f"loss.class_weights: expected one per class of the cache ({len(classes)}), got {len(weights)}"
-            )
-        return torch.tensor(weights, dtype=torch.float32, device=self.this.device)
 
     def _interrupt(self) -> None:
         self._save()
@@ -344,12 +345,14 @@ class _Times:
     """What some steps took and gave; seconds."""
 
     steps: int = 0
+    points: int = 0
     loss: float = 0.0
     waited: float = 0.0
     seconds: float = 0.0
 
     def add(self, other: _Times) -> None:
         self.steps += other.steps
+        self.points += other.points
         self.loss += other.loss
         self.waited += other.waited
         self.seconds += other.seconds
@@ -358,3 +361,11 @@ class _Times:
     def data_wait(self) -> float:
         """Fraction of the time spent waiting for data."""
         return self.waited / self.seconds if self.seconds else 0.0
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: on its GPU, or without one resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

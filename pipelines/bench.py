@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from benchmarks_page import machine, write_section
 from rich.console import Console
 from rich.table import Table
 
@@ -278,20 +278,17 @@ def bench(names: tuple[str, ...], out: Path) -> None:
         table.add_row(figure.what, figure.value, figure.goal, figure.verdict)
     Console(width=140).print(table)
     if not names:
-        out.write_text(_page(figures))
+        write_section(out, "make bench", _section(figures))
     if not all(f.met for f in figures):
         sys.exit(1)
 
 
-def _page(figures: list[Figure]) -> str:
-    machine = f"{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()})"
-    if torch.cuda.is_available():
-        machine = f"{torch.cuda.get_device_name()}, {machine}"
+def _section(figures: list[Figure]) -> str:
     rows = "\n".join(f"| {f.what} | {f.value} | {f.goal} | {f.verdict} |" for f in figures)
     return (
-        "# Benchmarks\n\nWritten by `make bench`. Each figure is a ratio of two things measured alternately in one "
-        f"run; absolute times are this machine's.\n\nMachine: {machine}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}.\n\n| what | measured | goal | met |\n|---|---|---|---|\n{rows}\n"
+        "## Speed, memory and size\n\nWritten by `make bench`. Each figure is a ratio of two things measured "
+        f"alternately in one run; absolute times are this machine's.\n\nMachine: {machine()}.\n\n"
+        f"| what | measured | goal | met |\n|---|---|---|---|\n{rows}\n"
     )
 
 

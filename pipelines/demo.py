@@ -1,31 +1,26 @@
 """The demo: rooms -> cached features -> a segmenter without and with them, over several seeds, side by side.
 
-Everything is done by the two commands, as a user would call them; this file only calls them in order, with as many
-trainings at a time as there are processors, and puts their JSON into a table and `report.html`.
+Everything is done by the two commands, as a user would call them; this file only calls them in order, and puts their
+JSON into a table and `report.html`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from commands import ask, call, console, planned, train_all
 from demo_report import write_report
-from rich.console import Console
 from rich.table import Table
 
 from ditr_train.tracking import read_metrics
 
 VFM = "efficientnet-lite0"
 ARMS = {"plain": "points alone", "inject": f"with {VFM} injected"}
-console = Console(width=110)
 
 
 @click.command()
@@ -46,7 +41,13 @@ def demo(out: Path, scenes: int, seeds: int, overrides: tuple[str, ...]) -> None
         call("ditr-cache", "extract", *extraction, "--workers", os.cpu_count() or 1)
         info = ask("ditr-cache", "info", cache, "--json")
     with stage("train", seconds):
-        train(runs, cache, seeds, overrides)
+        settings = dict(override.split("=", 1) for override in overrides)
+        plan = [
+            planned(f"{arm}-{seed}", f"demo/{arm}", {"cache": cache, **settings, "seed": seed})
+            for seed in range(seeds)
+            for arm in ARMS
+        ]
+        train_all("demo", plan, runs)
     results = {arm: [final_scores(runs / f"{arm}-{seed}") for seed in range(seeds)] for arm in ARMS}
     with stage("draw", seconds):
         report = write_report(out, rooms, cache, runs, ARMS, results)
@@ -66,55 +67,6 @@ class stage:  # noqa: N801, a context manager that reads like a statement
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.title] = time.perf_counter() - self.started
-
-
-def command(program: str, *args: object) -> list[str]:
-    """The command of this very environment, whatever PATH says."""
-    return [str(Path(sys.executable).parent / program), *(str(a) for a in args)]
-
-
-def call(program: str, *args: object) -> None:
-    """Run a command; stop the demo with its exit code where it fails."""
-    line = command(program, *args)
-    console.print("$ " + " ".join([program, *line[1:]]), highlight=False)
-    done = subprocess.run(line)
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
-def ask(program: str, *args: object) -> dict[str, Any]:
-    """Run a command that prints one JSON object."""
-    done = subprocess.run(command(program, *args), stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
-def train(runs: Path, cache: Path, seeds: int, overrides: Sequence[str]) -> None:
-    """Train every arm with every seed, one processor each; finished runs of an earlier call are kept."""
-    settings = [part for override in (f"cache={cache}", *overrides) for part in ("--set", override)]
-    waiting = [
-        (runs / f"{arm}-{seed}", command("ditr-train", "run", f"demo/{arm}", *settings, "--set", f"seed={seed}"))
-        for seed in range(seeds)
-        for arm in ARMS
-    ]
-    running: list[tuple[Path, subprocess.Popen[bytes]]] = []
-    runs.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
-            folder, line = waiting.pop(0)
-            line += ["--out", str(folder), "--resume"]
-            console.print("$ " + " ".join(["ditr-train", *line[1:]]), highlight=False)
-            with (runs / f"{folder.name}.log").open("wb") as log:
-                running.append((folder, subprocess.Popen(line, stdout=log, stderr=log, env=environment)))
-        folder, process = running.pop(0)
-        if process.wait():
-            for _, other in running:
-                other.terminate()
-            console.print((runs / f"{folder.name}.log").read_text())
-            sys.exit(process.returncode)
 
 
 def final_scores(run: Path) -> dict[str, Any]:

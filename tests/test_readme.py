@@ -71,7 +71,7 @@ def stand_in(command: str, place: Path) -> list[str]:
     if command.startswith("ditr-cache extract"):
         command += " --workers 0"
     if command.startswith("ditr-train run"):
-        command += f" {SMALL_NETWORK}" + (" --set vfm=test_vit" if "inject" in command else "")
+        command += f" {SMALL_NETWORK}" + (" --set vfm=test_vit" if "inject" in command or "distill " in command else "")
     return shlex.split(command)
 
 

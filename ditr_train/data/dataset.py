@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.cached import StoredSample
+from ditr_cache.cached import StoredSample, check_view
 from ditr_cache.errors import DataError, MismatchError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.schema import VFMSpec
 from ditr_cache.store import CacheReader
@@ -65,14 +66,21 @@ class CachedDataset:
         transforms: augmentation of training samples, before they are voxelized.
         point_max: training samples are cropped to at most this many voxels around a random one; None: never.
         class_names: the classes that the caller expects; None takes the cache's.
-        labelled: refuse a split without labels (training and evaluation need them, prediction does not).
+        labelled: read labels, and refuse a split or cache without (segmentation needs them, distillation and
+            prediction do not).
+        fraction: use this share of the samples only, at least one. Smaller shares are subsets of larger ones.
+        fraction_seed: which samples.
+        view: which view gives a point its feature where the cache holds all of them (layout `views`): `random`, drawn
+            anew for each training sample (evaluation takes the last), `last` or `nearest`; None: `random`, and nothing
+            where the cache holds one feature per point.
 
     Raises:
-        UnknownNameError: no such split, VFM or channel.
+        UnknownNameError: no such split, or one without samples; no such VFM, channel or choice of view.
         UsageError: an empty channel list.
         DataError: the cache has no classes.
         MissingDataError: a channel, the labels or features are missing for some samples of the split.
-        MismatchError: the cache's classes are not `class_names`, or features belong to another geometry.
+        MismatchError: the cache's classes are not `class_names`, features belong to another geometry, or a choice of
+            view is asked for where the cache holds one feature per point.
     """
 
     def __init__(
@@ -87,6 +95,9 @@ class CachedDataset:
         point_max: int | None = None,
         class_names: Sequence[str] | None = None,
         labelled: bool = True,
+        fraction: float = 1.0,
+        fraction_seed: int = 0,
+        view: str | None = None,
     ) -> None:
         self.cache = cache
         self.split = split
@@ -94,12 +105,14 @@ class CachedDataset:
         self.feat = tuple(feat)
         self.transforms = tuple(transforms)
         self.crop = None if point_max is None else SphereCrop(point_max=point_max)
-        self.ids: list[str] = cache.split_ids(split)
+        self.labelled = labelled
+        self.view = view
+        self.ids: list[str] = some_of(cache.split_ids(split), fraction, fraction_seed)
         """Ids of the samples, sorted."""
         self.vfm: VFMSpec | None = None if vfm is None else cache.resolve_vfm(vfm)
         self.class_names = cache.metadata.class_names
         self._check_classes(class_names)
-        self._check_arrays(labelled)
+        self._check_arrays()
         self._check_features()
 
     def __len__(self) -> int:
@@ -117,7 +130,7 @@ class CachedDataset:
             CorruptCacheError: the cache is damaged.
             DataError: nothing is left to train on.
         """
-        stored, points = self._read(index)
+        stored, points = self.read(index, rng)
         points = apply(self.transforms, center(points, apply_z=True), rng)
         voxels = voxelize(points.coord, self.grid_size, rng)
         points, grid_coord = points.take(voxels.pick), voxels.grid_coord
@@ -129,7 +142,7 @@ class CachedDataset:
 
     def eval_sample(self, index: int) -> VoxelSample:
         """Sample `index` as it is, with `inverse` to all of its points. Raises as `train_sample`."""
-        stored, points = self._read(index)
+        stored, points = self.read(index)
         points = center(points, apply_z=True)
         voxels = voxelize(points.coord, self.grid_size)
         return replace(
@@ -139,12 +152,22 @@ class CachedDataset:
             source_index=stored.source_index,
         )
 
-    def _read(self, index: int) -> tuple[StoredSample, PointSample]:
-        stored = self.cache.read_stored(self.ids[index], None if self.vfm is None else self.vfm.key)
+    def read(self, index: int, rng: np.random.Generator | None = None) -> tuple[StoredSample, PointSample]:
+        """Sample `index` as cached, and its points as `feat` needs them; `rng` is that of a training sample, None
+        evaluates. Raises as `train_sample`.
+        """
+        view = None
+        if self.vfm is not None and self.vfm.layout == "views":
+            view = self.view or "random"
+            if view == "random":
+                # A stream of its own: augmentation is the same whatever view is chosen, and in either layout.
+                view, rng = ("last", None) if rng is None else (view, rng.spawn(1)[0])
+        vfm = None if self.vfm is None else self.vfm.key
+        stored = self.cache.read_stored(self.ids[index], vfm, view=view, rng=rng)
         if len(stored.coord) == 0:
             raise DataError(f"sample {stored.id!r} of cache {str(self.cache.paths.root)!r}: no points")
         segment = None
-        if stored.segment is not None:
+        if self.labelled and stored.segment is not None:
             segment = stored.segment.astype(np.int64)
             segment[segment == self.cache.metadata.ignore_index] = -1
         return stored, PointSample(
@@ -159,15 +182,11 @@ class CachedDataset:
 
     def _sample(self, stored: StoredSample, points: PointSample, grid_coord: NDArray[np.int32]) -> VoxelSample:
         points = center(points, apply_z=False)
-        channels: list[NDArray[np.float32]] = []
-        for name in self.feat:
-            values = getattr(points, name)
-            channels.append(values / np.float32(255) if name == "color" else values.reshape(len(points), -1))
         sample = VoxelSample(
             name=points.name,
             coord=points.coord,
             grid_coord=grid_coord,
-            feat=np.concatenate(channels, axis=1, dtype=np.float32),
+            feat=points.channels(self.feat),
             segment=points.segment,
         )
         if stored.features is None or points.row is None:
@@ -178,7 +197,7 @@ class CachedDataset:
 
     def _check_classes(self, expected: Sequence[str] | None) -> None:
         have, root = list(self.class_names), str(self.cache.paths.root)
-        if not have:
+        if not have and self.labelled:
             raise DataError(
                 f"cache {root!r} of dataset {self.cache.metadata.dataset!r} has no classes, so nothing can be trained "
                 "on it; extract a dataset with labels"
@@ -192,13 +211,13 @@ class CachedDataset:
             part = f"class {i} is expected to be {expected[i]!r}, the cache says {have[i]!r}"
         raise MismatchError(f"cache {root!r}: the classes differ: {part}; use the cache that belongs to the recipe")
 
-    def _check_arrays(self, labelled: bool) -> None:
+    def _check_arrays(self) -> None:
         if not self.feat:
             raise UsageError(f"data.feat: expected at least one of {', '.join(CHANNELS)}, got none")
         for name in self.feat:
             if name not in CHANNELS:
                 raise UnknownNameError.of("input channel (data.feat)", name, CHANNELS)
-        wanted = [n for n in self.feat if n != "coord"] + ["segment"] * labelled
+        wanted = [n for n in self.feat if n != "coord"] + ["segment"] * self.labelled
         chosen, root = set(self.ids), str(self.cache.paths.root)
         lacking: dict[str, list[str]] = {}
         for record in self.cache.geometry.values():
@@ -216,6 +235,7 @@ class CachedDataset:
     def _check_features(self) -> None:
         if self.vfm is None:
             return
+        check_view(self.vfm, self.view)
         present = set(self.cache.samples_with(self.vfm.key))
         missing = [i for i in self.ids if i not in present]
         if missing:
@@ -224,6 +244,13 @@ class CachedDataset:
                 f"have no features of {self.vfm.key!r} ({_some(missing)}); run `ditr-cache extract --vfm "
                 f"{self.vfm.name} --split {self.split} ...` on this cache to make them"
             )
+
+
+def some_of(ids: Sequence[str], fraction: float, seed: int) -> list[str]:
+    """A share of the samples, in their order: rounded, at least one, and part of every larger share of that seed."""
+    drawn = sorted(ids, key=lambda sample: hashlib.sha256(f"{seed}:{sample}".encode()).digest())
+    chosen = set(drawn[: max(1, round(fraction * len(drawn)))])
+    return [sample for sample in ids if sample in chosen]
 
 
 def used_rows(row: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

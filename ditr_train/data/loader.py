@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from ditr_cache.errors import CacheError, StorageError, UsageError
-from ditr_train.data.dataset import CachedDataset, VoxelSample
+from ditr_train.data.dataset import VoxelSample
 from ditr_train.data.sample import FeatureRows, PointBatch
 from ditr_train.data.voxelize import group
+
+Batch = TypeVar("Batch", covariant=True)
 
 _ORDER, _SAMPLE, _MIX = 0, 1, 2  # independent streams of random numbers
 
@@ -42,20 +44,24 @@ class TrainPlan:
     """Which samples each step of a run sees. Pure arithmetic: reads nothing.
 
     Args:
-        samples: number of samples of the split.
+        sizes: number of samples of each source; samples are counted through all of them.
         batch_size: samples per optimiser step, over all ranks and accumulation steps.
-        loop: how often an epoch goes through the split.
+        loop: how often an epoch goes through its samples.
+        ratios: of an epoch's samples, how many come from each source, relative to each other; an epoch stays as long.
+            None: every sample once.
         seed: of the order.
         accumulation: micro-batches per optimiser step and rank.
         rank, world: this process and the number of processes.
 
     Raises:
-        UsageError: a batch that cannot be shared out evenly, or that is larger than an epoch.
+        UsageError: a batch that cannot be shared out evenly, or that is larger than an epoch; a ratio so small that
+            its source would never be seen.
     """
 
-    samples: int
+    sizes: tuple[int, ...]
     batch_size: int
     loop: int = 1
+    ratios: tuple[float, ...] | None = None
     seed: int = 0
     accumulation: int = 1
     rank: int = 0
@@ -70,19 +76,44 @@ class TrainPlan:
             )
         if self.steps_per_epoch < 1:
             raise UsageError(
-                f"data.batch_size: an epoch has {self.samples} samples x loop {self.loop}, fewer than one batch of "
+                f"data.batch_size: an epoch has {sum(self.counts)} samples x loop {self.loop}, fewer than one batch of "
                 f"{self.batch_size}; lower data.batch_size or raise data.loop"
             )
+        for source, count in enumerate(self.counts):
+            if count == 0:
+                raise UsageError(
+                    f"sources.{source}.ratio: so small that an epoch of {sum(self.sizes)} samples would hold none of "
+                    "this source; raise it, or leave the source out"
+                )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many samples of each source one pass holds."""
+        if self.ratios is None:
+            return self.sizes
+        # The ends of the shares are rounded, not the shares: their sum stays.
+        ends = np.rint(np.cumsum(self.ratios) / sum(self.ratios) * sum(self.sizes)).astype(int)
+        return tuple(np.diff(ends, prepend=0).tolist())
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps per epoch; samples that do not fill a batch are left out, others in each epoch."""
-        return self.samples * self.loop // self.batch_size
+        return sum(self.counts) * self.loop // self.batch_size
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """[samples * loop] index of the sample at each position of the epoch; each pass goes through all samples."""
+        """[samples of an epoch] index of the sample at each position; each pass goes through all sources."""
         rng = np.random.default_rng([self.seed, _ORDER, epoch])
-        return np.concatenate([rng.permutation(self.samples) for _ in range(self.loop)])
+        return np.concatenate([self._one_pass(rng) for _ in range(self.loop)])
+
+    def _one_pass(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        if self.ratios is None:
+            return rng.permutation(sum(self.sizes))
+        parts, first = [], 0
+        for size, count in zip(self.sizes, self.counts, strict=True):
+            repeats = -(-count // size)  # no sample is seen twice before every other was seen once
+            parts.append(first + np.concatenate([rng.permutation(size) for _ in range(repeats)])[:count])
+            first += size
+        return rng.permutation(np.concatenate(parts))
 
     def batches(self, start: int, stop: int) -> Iterator[BatchPlan]:
         """This rank's micro-batches of the optimiser steps `start`..`stop` - 1, counted from the run's begin."""
@@ -97,6 +128,20 @@ class TrainPlan:
                 yield BatchPlan(epoch, tuple((p, int(order[p])) for p in range(first, first + size)))
 
 
+class TrainSamples(Protocol):
+    """What training batches are made of: one dataset, or several joined."""
+
+    def train_sample(self, index: int, rng: np.random.Generator) -> VoxelSample:
+        """Sample `index`, augmented by draws from `rng`."""
+
+
+class EvalSamples(Protocol):
+    """What evaluation batches are made of."""
+
+    def eval_sample(self, index: int) -> VoxelSample:
+        """Sample `index` as it is."""
+
+
 class TrainBatches:
     """Makes the training batch of a plan; runs in the workers.
 
@@ -106,7 +151,7 @@ class TrainBatches:
         mix_prob: probability that two neighbours of a batch become one sample (Mix3D).
     """
 
-    def __init__(self, dataset: CachedDataset, *, seed: int, mix_prob: float = 0.0) -> None:
+    def __init__(self, dataset: TrainSamples, *, seed: int, mix_prob: float = 0.0) -> None:
         self.dataset, self.seed, self.mix_prob = dataset, seed, mix_prob
 
     def __getitem__(self, plan: BatchPlan) -> PointBatch:
@@ -125,7 +170,7 @@ class TrainBatches:
 class EvalBatches:
     """Makes the evaluation batch of one sample; runs in the workers."""
 
-    def __init__(self, dataset: CachedDataset) -> None:
+    def __init__(self, dataset: EvalSamples) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> PointBatch:
@@ -209,20 +254,27 @@ def collate(samples: Sequence[VoxelSample]) -> PointBatch:
     )
 
 
-class _Guarded:
+class Batches(Protocol[Batch]):
+    """Makes a batch from a key; runs in the workers."""
+
+    def __getitem__(self, key: Any, /) -> Batch:
+        """The batch of a key."""
+
+
+class _Guarded(Generic[Batch]):
     """Hands errors of the data over as values: a `DataLoader` would wrap them in a traceback."""
 
-    def __init__(self, source: TrainBatches | EvalBatches) -> None:
+    def __init__(self, source: Batches[Batch]) -> None:
         self.source = source
 
-    def __getitem__(self, key: Any) -> PointBatch | CacheError:
+    def __getitem__(self, key: Any) -> Batch | CacheError:
         try:
             return self.source[key]
         except CacheError as error:
             return error
 
 
-class BatchLoader:
+class BatchLoader(Generic[Batch]):
     """Batches for a sequence of keys, made ahead of time by worker processes.
 
     Args:
@@ -238,7 +290,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        source: TrainBatches | EvalBatches,
+        source: Batches[Batch],
         keys: Iterable[Any],
         *,
         workers: int = 0,
@@ -257,7 +309,7 @@ class BatchLoader:
             generator=torch.Generator(),  # its own: building an iterator must not advance the global one
         )
 
-    def __iter__(self) -> Iterator[PointBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         try:
             for batch in self._loader:
                 if isinstance(batch, CacheError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -42,6 +42,18 @@ class PointSample:
         arrays = {f.name: value[index] for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)}
         return replace(self, **arrays)  # type: ignore[arg-type]
 
+    def channels(self, names: Sequence[str]) -> NDArray[np.float32]:
+        """[N, C_in] float32 network input: these arrays (coord, color, normal, strength) side by side, colour in 0..1.
+
+        Args:
+            names: at least one, of arrays that the sample has.
+        """
+        arrays: list[NDArray[np.float32]] = []
+        for name in names:
+            values = getattr(self, name)
+            arrays.append(values / np.float32(255) if name == "color" else values.reshape(len(self), -1))
+        return np.concatenate(arrays, axis=1, dtype=np.float32)
+
 
 @dataclass(kw_only=True)
 class FeatureRows:
@@ -56,6 +68,11 @@ class FeatureRows:
     table: Tensor
     scale: Tensor | None
     index: Tensor
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> FeatureRows:
+        """With `move` applied to every tensor."""
+        scale = None if self.scale is None else move(self.scale)
+        return FeatureRows(table=move(self.table), scale=scale, index=move(self.index))
 
 
 @dataclass(kw_only=True)
@@ -103,10 +120,5 @@ class PointBatch:
     def _map(self, move: Callable[[Tensor], Tensor]) -> PointBatch:
         moved = {f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         if self.features is not None:
-            rows = self.features
-            moved["features"] = FeatureRows(  # type: ignore[assignment]
-                table=move(rows.table),
-                scale=None if rows.scale is None else move(rows.scale),
-                index=move(rows.index),
-            )
+            moved["features"] = self.features.map(move)  # type: ignore[assignment]
         return replace(self, **moved)  # type: ignore[arg-type]

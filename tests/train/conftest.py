@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from ditr_cache.codecs import encode
-from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo, VFMSpec
+from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo, VFMSpec, ViewInfo
 from ditr_cache.store import CacheWriter
 
 CLASSES = ("floor", "wall", "picture")
@@ -37,8 +38,12 @@ def write_cache(
     featureless: Sequence[str] = (),
     numbered: bool = False,
     seed: int = 0,
+    layout: str = "fused",
 ) -> Path:
-    """A cache of rooms of 2 x 2 x 1 m: floor, wall, and a picture on the wall that only its features tell apart."""
+    """A cache of rooms of 2 x 2 x 1 m: floor, wall, and a picture on the wall that only its features tell apart.
+
+    In the layout `views` three views see the points, one to three a point, and each has a row of its own for it.
+    """
     metadata = CacheMetadata(
         dataset="test",
         class_names=tuple(classes),
@@ -72,8 +77,16 @@ def write_cache(
             "link_uv": np.zeros((int(seen.sum()), 2), dtype=np.uint16),
             "link_depth": np.ones(int(seen.sum()), dtype=np.float16),
         }
+        views: list[ViewInfo] = []
+        if layout == "views":
+            draw = np.random.default_rng([seed, i, 1]).random((3, n))
+            by_view = seen & ((draw < 0.5) | (draw == draw.min(axis=0)))
+            view, point = np.nonzero(by_view)
+            views = [ViewInfo(id=f"view{v}", links=int(s.sum())) for v, s in enumerate(by_view)]
+            arrays["link_point"], arrays["link_uv"] = point.astype(np.uint32), np.zeros((len(point), 2), np.uint16)
+            arrays["link_depth"] = (3 - view).astype(np.float16)
         info = SampleInfo(
-            id=name, split="train" if i < train else "val", points=n, linked_points=int(seen.sum()), views=()
+            id=name, split="train" if i < train else "val", points=n, linked_points=int(seen.sum()), views=tuple(views)
         )
         record = writer.commit_geometry(name, [info], {k: v for k, v in arrays.items() if k not in without})
         for spec in specs:
@@ -85,6 +98,10 @@ def write_cache(
                 rows[:, 1] = np.flatnonzero(seen)
             index = np.full(n, -1, dtype=np.int32)
             index[seen] = np.arange(seen.sum())
+            if layout == "views":
+                spec = replace(spec, layout="views", fuse="none")
+                rows, index = rows[index[point]], np.arange(len(point), dtype=np.int32)
+                rows[:, 2] = view  # tells which view a row belongs to
             writer.commit_features(spec, record, encode(rows, spec.codec), index, images=1)
     return root
 

@@ -13,8 +13,8 @@ from ditr_cache.schema import VFMSpec
 from ditr_cache.store import open_cache
 from ditr_train.checkpoint import load_checkpoint, save_checkpoint
 from ditr_train.evaluate import evaluate, predict_sample
-from ditr_train.trained import load_run
 from ditr_train.recipe import Recipe, parse_recipe
+from ditr_train.trained import load_run
 from ditr_train.trainer import train
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ditr_cache.errors import CorruptCacheError, StorageError, UsageError
 from ditr_cache.store import open_cache
@@ -36,7 +38,7 @@ def same(a: PointBatch, b: PointBatch) -> bool:
 
 
 def test_an_epoch_goes_through_all_samples() -> None:
-    plan = TrainPlan(samples=6, batch_size=3, loop=2, seed=1)
+    plan = TrainPlan(sizes=(6,), batch_size=3, loop=2, seed=1)
     assert plan.steps_per_epoch == 4
     items = [b.items for b in plan.batches(0, 4)]
     assert sorted(i for _, i in itertools.chain(*items)) == sorted([*range(6)] * 2)
@@ -46,7 +48,7 @@ def test_an_epoch_goes_through_all_samples() -> None:
 
 
 def test_a_plan_resumes_anywhere() -> None:
-    plan = TrainPlan(samples=7, batch_size=2, accumulation=2, seed=3)
+    plan = TrainPlan(sizes=(7,), batch_size=2, accumulation=2, seed=3)
     whole = list(plan.batches(0, 9))
     for stop in range(9):
         assert list(plan.batches(stop, 9)) == whole[stop * 2 :]
@@ -54,11 +56,11 @@ def test_a_plan_resumes_anywhere() -> None:
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (4, 1), (2, 2)])
 def test_a_step_sees_the_same_samples_however_it_is_shared(world: int, accumulation: int) -> None:
-    alone = TrainPlan(samples=20, batch_size=8, seed=2)
+    alone = TrainPlan(sizes=(20,), batch_size=8, seed=2)
     expected = [sorted(b.items) for b in alone.batches(0, 4)]
     shared: list[list[tuple[int, int]]] = [[] for _ in range(4)]
     for rank in range(world):
-        plan = TrainPlan(samples=20, batch_size=8, seed=2, world=world, rank=rank, accumulation=accumulation)
+        plan = TrainPlan(sizes=(20,), batch_size=8, seed=2, world=world, rank=rank, accumulation=accumulation)
         for i, batch in enumerate(plan.batches(0, 4)):
             shared[i // accumulation] += batch.items
     assert [sorted(s) for s in shared] == expected
@@ -66,14 +68,46 @@ def test_a_step_sees_the_same_samples_however_it_is_shared(world: int, accumulat
 
 def test_plans_that_cannot_be() -> None:
     with pytest.raises(UsageError, match=r"data\.batch_size: 6 .*multiple of 4"):
-        TrainPlan(samples=20, batch_size=6, world=2, accumulation=2)
+        TrainPlan(sizes=(20,), batch_size=6, world=2, accumulation=2)
     with pytest.raises(UsageError, match=r"fewer than one batch of 4.*data\.loop"):
-        TrainPlan(samples=3, batch_size=4)
+        TrainPlan(sizes=(3,), batch_size=4)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    ratios=st.data(),
+    loop=st.integers(1, 3),
+    epoch=st.integers(0, 5),
+)
+def test_sources_are_sampled_by_their_ratios(sizes: list[int], ratios: st.DataObject, loop: int, epoch: int) -> None:
+    shares = ratios.draw(st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=len(sizes), max_size=len(sizes)))
+    try:
+        plan = TrainPlan(sizes=tuple(sizes), ratios=tuple(shares), batch_size=1, loop=loop, seed=4)
+    except UsageError as error:
+        assert "so small" in str(error)
+        return
+    total = sum(sizes)
+    assert sum(plan.counts) == total and plan.steps_per_epoch == total * loop
+    for count, share in zip(plan.counts, shares, strict=True):
+        assert abs(count - share / sum(shares) * total) <= 1
+    order = plan.order(epoch)
+    assert len(order) == total * loop
+    for one_pass in order.reshape(loop, total):
+        first = 0
+        for size, count in zip(sizes, plan.counts, strict=True):
+            times = np.bincount(one_pass[(one_pass >= first) & (one_pass < first + size)] - first, minlength=size)
+            assert times.sum() == count and times.max() - times.min() <= 1  # none again before all others
+            first += size
+
+
+def test_without_ratios_every_sample_of_every_source_is_seen_once() -> None:
+    joint, one = (TrainPlan(sizes=sizes, batch_size=2, seed=9) for sizes in ((3, 4), (7,)))
+    assert sorted(joint.order(0)) == list(range(7)) and (joint.order(2) == one.order(2)).all()
 
 
 @pytest.mark.parametrize("mix_prob", [0.0, 0.5])
 def test_batches_do_not_depend_on_workers_or_the_start(data: CachedDataset, mix_prob: float) -> None:
-    plan = TrainPlan(samples=len(data), batch_size=2, seed=5)
+    plan = TrainPlan(sizes=(len(data),), batch_size=2, seed=5)
     source = TrainBatches(data, seed=5, mix_prob=mix_prob)
     whole = list(BatchLoader(source, plan.batches(0, 4)))
     torch.manual_seed(7)
@@ -145,7 +179,7 @@ def test_mix_puts_middles_on_each_other_and_keeps_voxels_unique() -> None:
 
 
 def test_mixed_batches_are_smaller(data: CachedDataset) -> None:
-    plan = TrainPlan(samples=4, batch_size=4, seed=5)
+    plan = TrainPlan(sizes=(4,), batch_size=4, seed=5)
     batch = TrainBatches(data, seed=5, mix_prob=1.0)[next(plan.batches(0, 1))]
     assert len(batch.offset) == 2 and all("+" in name for name in batch.names)
     keys = torch.cat([batch.batch_index()[:, None].int(), batch.grid_coord], dim=1)

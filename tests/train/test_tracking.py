@@ -56,7 +56,7 @@ def lines(progress: TrainProgress, output: io.StringIO) -> str:
     with progress:
         for step in range(1, 4):
             progress.step(step, epoch=1, loss=0.5, data_wait=0.031)
-        progress.evaluated("val", RESULTS, epoch=1)
+        progress.evaluated({**RESULTS, "epoch": 1})
         progress.step(4, epoch=2, loss=0.25, data_wait=0.02)
     return output.getvalue()
 
@@ -65,8 +65,8 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
     output = io.StringIO()
     text = lines(TrainProgress(4, console=Console(file=output, width=40), every=1000), output)
     assert text.splitlines() == [
-        "epoch 1  val  mIoU 50.00  mAcc -  allAcc 75.00",
-        "step 4/4  epoch 2  loss 0.250  mIoU 50.0  data wait 2.0 %",
+        "epoch 1  mIoU 50.00  mAcc -  allAcc 75.00",
+        "step 4/4  epoch 2  loss 0.250  mIoU 50.00  data wait 2.0 %",
     ]
 
 

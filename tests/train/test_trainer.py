@@ -16,67 +16,12 @@ import torch
 
 from ditr_cache.errors import MismatchError, MissingDataError, UsageError
 from ditr_cache.schema import VFMSpec
-from ditr_train import trainer as trainer_module
+from ditr_train import tasks
 from ditr_train.checkpoint import load_checkpoint
 from ditr_train.distributed import Processes, choose_device
-from ditr_train.recipe import Recipe, parse_recipe
 from ditr_train.tracking import read_metrics
-from ditr_train.trainer import DivergedError, Trainer, TrainingInterruptedError, train
-
-VALUES: dict[str, Any] = {
-    "vfm": "fake",
-    "data": {
-        "grid_size": 0.1,
-        "feat": ["color", "normal"],
-        "augment": [{"name": "RandomRotate", "args": {"p": 1.0}}, {"name": "RandomDropout", "args": {"p": 0.5}}],
-        "batch_size": 2,
-        "mix_prob": 0.3,
-        "workers": 0,
-    },
-    "model": {
-        "backbone": {
-            "stem_channels": 8, "stem_kernel_size": 3, "channels": [8, 16, 16, 8], "layers": [1, 1, 1, 1],
-            "norm_momentum": 0.1,
-        },
-        "injection": {"feature_drop": 0.2, "missing_embedding": True},
-    },
-    "optimizer": {"lr": 0.01},
-    "training": {"epochs": 3, "log_every": 2},
-}  # fmt: skip
-
-# The order of a sum, and so its last bit, depends on the number of threads: as many as in this process.
-ONE_THREAD = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")}
-
-
-def recipe(path: Path, /, **changes: Any) -> Recipe:
-    """The recipe above with changes named `section__key`."""
-    values = json.loads(json.dumps({**VALUES, "cache": str(path)}))
-    for key, value in changes.items():
-        section, _, name = key.rpartition("__")
-        (values[section] if section else values)[name] = value
-    return parse_recipe(values)
-
-
-def weights(run: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = load_checkpoint(run / name)["model"]
-    return state
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    first, second = load_checkpoint(a / "last.pt"), load_checkpoint(b / "last.pt")
-    assert first["step"] == second["step"]
-    assert all(torch.equal(w, second["model"][k]) for k, w in first["model"].items())
-    for one, other in zip(first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(other[k])) for k, v in one.items())
-    timeless = ("seconds", "seconds_per_step", "data_wait")
-    kept = [
-        [{k: v for k, v in line.items() if k not in timeless} for line in read_metrics(run / "metrics.jsonl")]
-        for run in (a, b)
-    ]
-    vals = [[line for line in lines if line["kind"] == "val"] for lines in kept]
-    assert vals[0] == vals[1] and len(vals[0]) == 3
-    steps = [[line["step"] for line in lines if line["kind"] == "train"] for lines in kept]
-    assert steps[0] == steps[1]
+from ditr_train.trainer import DivergedError, TrainingInterruptedError, train
+from runs import ONE_THREAD, assert_same_run, recipe, stop_at
 
 
 @pytest.fixture(scope="module")
@@ -87,24 +32,15 @@ def whole(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal while it computes a step."""
-    original = Trainer._train_step
-
-    def stepping(self: Trainer, batches: Any) -> Any:
-        if self.step == step:
-            signal.raise_signal(number)
-        return original(self, batches)
-
-    monkeypatch.setattr(Trainer, "_train_step", stepping)
-
-
 def test_a_run_folder_holds_everything(whole: Path, tiny_cache: Path) -> None:
     assert {p.name for p in whole.iterdir()} == {
         "recipe.yaml", "run.json", "last.pt", "best.pt", "metrics.jsonl", "tensorboard",
     }  # fmt: skip
     info = json.loads((whole / "run.json").read_text())
-    assert info["cache"] == str(tiny_cache.resolve()) and info["vfm"]["name"] == "fake"
+    (cache,) = info["caches"]
+    assert cache["path"] == str(tiny_cache.resolve()) and cache["samples"] == 4 and len(cache["identity"]) == 64
+    assert info["class_colors"] == [[0, 90, 200], [40, 90, 200], [80, 90, 200]] and info["init"] is None
+    assert info["vfm"]["name"] == "fake"
     assert info["class_names"] == ["floor", "wall", "picture"] and set(info["versions"]) >= {"ditr", "torch", "python"}
     lines = read_metrics(whole / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6]
@@ -228,14 +164,14 @@ def test_faults_are_found_before_the_start(tiny_cache: Path, tmp_path: Path, mak
 def test_a_loss_that_is_not_finite_names_step_and_samples(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = trainer_module.segmentation_loss
+    original = tasks.segmentation_loss
     calls: list[int] = []
 
     def failing(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
         return original(logits, *args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(trainer_module, "segmentation_loss", failing)
+    monkeypatch.setattr(tasks, "segmentation_loss", failing)
     with pytest.raises(DivergedError, match=r"step 3: the loss is nan on room0\d"):
         train(recipe(tiny_cache), tmp_path / "run", device="cpu", quiet=True)
     state = load_checkpoint(tmp_path / "run" / "last.pt")
