@@ -24,6 +24,7 @@ lint: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python pipelines/bench.py
+	$(BIN)/python pipelines/bench_predict.py --page BENCHMARKS.md
 
 # Half an hour on two cores: 3 distillations and 27 trainings.
 experiments: .venv/dev.stamp

@@ -230,21 +230,33 @@ def show(cache: str, sample: str, out: Path, vfm: str | None) -> None:
 
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--scenes", default=24, show_default=True, type=click.IntRange(min=2))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
-def synthesize(folder: Path, scenes: int, seed: int) -> None:
+@click.option("--scenes", default=24, show_default=True, type=click.IntRange(min=2), help="Rooms; a third validates.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the series of rooms.")
+@click.option(
+    "--point-spacing", type=float, help="Metres between neighbouring points.  [default: 0.048, too coarse for textures]"
+)
+def synthesize(folder: Path, scenes: int, seed: int, point_spacing: float | None) -> None:
     """Write procedural rooms in ScanNet's layout, to try everything without a download."""
     import os
 
     from rich.console import Console
     from rich.progress import Progress
 
+    from ditr_cache.synthesize import RoomsSettings
     from ditr_cache.synthesize import synthesize as run
 
+    settings = RoomsSettings() if point_spacing is None else RoomsSettings(point_spacing=point_spacing)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("synthesize", total=scenes)
         workers = min(scenes, os.cpu_count() or 1)
-        run(folder, scenes=scenes, seed=seed, workers=workers, progress=lambda n, _: bar.update(task, completed=n))
+        run(
+            folder,
+            scenes=scenes,
+            seed=seed,
+            settings=settings,
+            workers=workers,
+            progress=lambda n, _: bar.update(task, completed=n),
+        )
     click.echo(str(folder))
 
 

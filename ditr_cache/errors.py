@@ -38,7 +38,8 @@ class UnknownNameError(CacheError, KeyError):
             hint = "known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         else:
             hint = "there are none"
-        return cls(f"unknown {kind} {name!r}: {hint}" + (f" {remedy}" if remedy else ""))
+        stop = "" if hint.endswith("?") else "."
+        return cls(f"unknown {kind} {name!r}: {hint}" + (f"{stop} {remedy}" if remedy else ""))
 
 
 class DataError(CacheError, ValueError):

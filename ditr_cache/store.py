@@ -391,7 +391,10 @@ class CacheReader:
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.paths = Paths(local_path(url))
         if not self.paths.metadata.exists():
-            raise MissingDataError(f"{str(self.paths.root)!r} is not a cache: it has no cache.json")
+            raise MissingDataError(
+                f"{str(self.paths.root)!r} is not a cache: it has no cache.json; name a folder that `ditr-cache "
+                "extract --out` made"
+            )
         self.metadata = read_document(self.paths.metadata, CacheMetadata)
         self.geometry: dict[str, GeometryRecord] = {}
         """Record of every committed geometry partition."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ditr_cache.errors import DataError, FormatVersionError, MissingDataError, StorageError
+from ditr_train.files import temporary_name
 
 CHECKPOINT_VERSION = 1
 """Version of the checkpoints that this code writes, and the newest that it reads."""
@@ -22,7 +23,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         StorageError: no space, no permission, an I/O error.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             torch.save({"format_version": CHECKPOINT_VERSION, **state}, file)

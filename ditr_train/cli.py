@@ -62,7 +62,13 @@ def run(recipe: str, overrides: tuple[str, ...], out: str | None, resume: bool, 
     help="fast: as training logs. full: the official one, with fragments and test-time augmentation.",
 )
 @click.option("--tta", default=None, metavar="NAME", help="Test-time augmentation of full.  [default: the recipe's]")
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Which weights of the run.",
+)
 @click.option("--submission", default=None, metavar="DIR", help="Write predictions for the dataset's benchmark server.")
 @click.option("--cache", default=None, metavar="CACHE", help="Cache to read, where it was moved since the training.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
@@ -109,7 +115,13 @@ def evaluate_run(
 @click.argument("run_dir")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--out", required=True, metavar="DIR", help="Folder of the files that are written.")
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Which weights of the run.",
+)
 @click.option("--softmax", is_flag=True, help="Also write the softmax of every point, as float16.")
 @click.option("--tile", default="auto", show_default=True, metavar="METRES|auto", help="Longest edge of a tile.")
 @click.option(

@@ -266,6 +266,8 @@ def evaluation_label(results: Mapping[str, Any]) -> str:
         parts.append(f"TTA {tta if isinstance(tta, str) else canonical_digest(tta)[:6]}")
     if results.get("pre_grid_size") is not None:
         parts.append(f"pre-grid {results['pre_grid_size']}")
+    if results.get("other_cache") is not None:
+        parts.append(f"other cache {results['other_cache']}")
     return ", ".join(parts)
 
 

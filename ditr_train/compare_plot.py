@@ -123,7 +123,7 @@ def curves(comparison: Comparison, kind: str) -> bytes:
         axis.spines[["top", "right"]].set_visible(False)
     # A pair of dollars would be set as mathematics.
     labels = {
-        group.name: group.name.replace("$", r"\$") + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "")
+        group.name: group.name.replace("$", r"\$") + (f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "")
         for group in comparison.groups
     }
     if handles:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ditr_cache.errors import DeviceError, UsageError
 
@@ -49,6 +50,15 @@ class Processes:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.item()
+
+    def same_buffers(self, model: nn.Module) -> None:
+        """Give the buffers of `model`, such as the running statistics of its norms, the main process's values.
+
+        Each process updates them from batches of its own; all of them must ask.
+        """
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -27,9 +26,11 @@ from ditr_train.data.dataset import CachedDataset
 from ditr_train.data.loader import BatchLoader, EvalBatches, collate
 from ditr_train.data.sample import PointBatch
 from ditr_train.distributed import Processes, autocast
+from ditr_train.files import replace_text
 from ditr_train.metrics import ConfusionMatrix
 from ditr_train.progress import SampleProgress
 from ditr_train.protocol import FullEvaluator, FullPredictor, FullProtocol, FullSamples, OnSample
+from ditr_train.run_folder import CacheInfo
 from ditr_train.submission import Submission
 from ditr_train.trained import TrainedRun, load_run
 
@@ -129,7 +130,8 @@ def evaluate(
         quiet: show no progress.
 
     Returns:
-        `run`, `split`, `checkpoint`, `step`, `cache`, `samples`, `labelled`, `protocol`, `mIoU`, `mAcc`, `allAcc`,
+        `run`, `split`, `checkpoint`, `step`, `cache`, `other_cache` (where it is not the one of the training: 8 hex of
+        a digest over the split's content), `samples`, `labelled`, `protocol`, `mIoU`, `mAcc`, `allAcc`,
         per-class values (all None without labels), `seconds`; of the full protocol also `tta`, `pre_grid_size`,
         `fragments` (seen by the network) and `passes` (forward passes); `submission`, the file to upload, where one was
         written.
@@ -175,6 +177,7 @@ def evaluate(
         "checkpoint": checkpoint,
         "step": run.step,
         "cache": str(reader.paths.root),
+        "other_cache": None if run.on_own_cache() else CacheInfo.of([dataset]).identity[:8],
         "samples": len(dataset),
         "labelled": labelled,
         **scores,
@@ -233,11 +236,13 @@ def has_labels(cache: CacheReader, split: str) -> bool:
 
 
 def result_file(results: Mapping[str, Any]) -> str:
-    """Name of the file in `RUN_DIR/eval` that keeps a result: split, checkpoint, protocol, and what TTA was used."""
+    """Name of the file in `RUN_DIR/eval` that keeps a result: split, checkpoint, protocol, TTA, and a foreign cache."""
     parts = [urllib.parse.quote(results["split"], safe=""), results["checkpoint"], results["protocol"]]
     tta = results.get("tta", "none")
     if tta != "none":
         parts.append(tta if isinstance(tta, str) else "custom")
+    if results.get("other_cache") is not None:
+        parts.append(f"cache-{results['other_cache']}")
     return "-".join(parts) + ".json"
 
 
@@ -254,10 +259,8 @@ def _check(protocol: str, tta: str | None) -> None:
 def _keep(run_dir: Path, results: Mapping[str, Any]) -> None:
     """Write results to the run folder. One that cannot be written, say on a shared disk, costs no finished result."""
     path = run_dir / "eval" / result_file(results)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
+        replace_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         log.warning("%s cannot be written (%s); the result is only shown", path, error.strerror or error)

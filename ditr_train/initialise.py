@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from ditr_cache.errors import MismatchError, MissingDataError
 from ditr_train.checkpoint import load_checkpoint, used_weights
 from ditr_train.recipe import Recipe
 from ditr_train.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 HEAD = "head."
 """Prefix of the parameters that belong to a task, and are never taken over."""
@@ -101,6 +104,11 @@ def initialise(model: nn.Module, init: str, recipe: Recipe) -> Initialised:
                 f"{where} does not fit this recipe's network: {name} has shape {list(given[name].shape)} there and "
                 f"{list(value.shape)} here; give both runs the same inputs and model"
             )
+    if recipe.data.grid_size != other.data.grid_size:
+        log.warning(
+            "init: %s was trained on voxels of %g m, this run has %g m", checkpoint, other.data.grid_size,
+            recipe.data.grid_size,
+        )  # fmt: skip
     model.load_state_dict(given, strict=False)
     loaded = [p for name, p in model.named_parameters() if not name.startswith(HEAD)]
     return Initialised(

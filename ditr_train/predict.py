@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ditr_cache.errors import DataError, MismatchError, MissingDataError, UnknownNameError, UsageError
+from ditr_cache.errors import (
+    CorruptCacheError,
+    DataError,
+    MismatchError,
+    MissingDataError,
+    UnknownNameError,
+    UsageError,
+)
 from ditr_cache.store import open_cache
 from ditr_train.inference import Normals, Outcome, predict_cached, predict_cloud
 from ditr_train.pointcloud.cloud import PointCloud
@@ -19,6 +23,7 @@ from ditr_train.pointcloud.output import ENDINGS, require_folder
 from ditr_train.pointcloud.progress import PredictProgress
 from ditr_train.pointcloud.readers import READERS, open_cloud
 from ditr_train.pointcloud.tiles import Tiling
+from ditr_train.signals import sigterm_as_interrupt
 from ditr_train.trained import TrainedRun, load_run
 
 
@@ -59,7 +64,7 @@ def predict_inputs(
 
     Raises:
         UsageError: a run that cannot be used like this, or an option that makes no sense.
-        MissingDataError, DataError, UnknownNameError: an input that cannot be used.
+        MissingDataError, DataError, UnknownNameError, CorruptCacheError: an input that cannot be used.
         StorageError: no space, or files that cannot be written.
     """
     run = load_run(run_dir, device=device, checkpoint=checkpoint, cache=cache)
@@ -80,7 +85,7 @@ def predict_inputs(
 
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with _ended_by_sigterm(), PredictProgress(enabled=not quiet) as progress:
+    with sigterm_as_interrupt(), PredictProgress(enabled=not quiet) as progress:
         for name, source, stem in zip(names, sources, stems, strict=True):
             started = time.perf_counter()
             try:
@@ -98,7 +103,7 @@ def predict_inputs(
                     )
                 else:
                     outcome = predict_cached(run, source, folder=folder, stem=stem, softmax=softmax)
-            except DataError as error:
+            except (DataError, CorruptCacheError) as error:
                 if len(sources) == 1:
                     raise
                 failed.append({"input": name, "error": str(error)})
@@ -188,16 +193,3 @@ def _keep_inputs(sources: Sequence[PointCloud | str], stems: Sequence[str], fold
             path = folder / f"{stem}{ending}"
             if path.resolve() in given:
                 raise UsageError(f"the prediction would replace the input {str(path)!r}; choose another folder with -o")
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that temporary files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

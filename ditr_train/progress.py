@@ -31,10 +31,10 @@ class SampleProgress:
         self._task: TaskID | None = None
         if enabled and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[rate]}"), console=self.console,
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[rate]}"), console=self.console,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=total, rate="")
+            self._task = self._bar.add_task(label, total=total, rate="")
 
     def __enter__(self) -> Self:
         self._begun = self._spoken = time.monotonic()

@@ -7,6 +7,7 @@ Unknown keys are refused with the nearest known ones.
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,8 @@ class TrainingConfig(_Section):
         clip_grad: largest gradient norm; null: not clipped.
         ema: decay per step of an exponential moving average of the weights, say 0.999, that is evaluated and used in
             their place; null: none.
+        fixed_norms: share of the steps, the last ones, in which batch norms keep their running statistics, as they do
+            at test time. Where a batch is one scene, its own statistics are a poor guess at those.
         sync_batchnorm: batch statistics over all GPUs of a distributed run.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         checkpoint_every: epochs between checkpoints; the last epoch always ends with one.
@@ -107,6 +110,7 @@ class TrainingConfig(_Section):
     accumulation: int = Field(default=1, ge=1)
     clip_grad: float | None = Field(default=None, gt=0)
     ema: float | None = Field(default=None, gt=0, lt=1)
+    fixed_norms: float = Field(default=0.0, ge=0, lt=1)
     sync_batchnorm: bool = False
     evaluate_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=1, ge=1)
@@ -296,6 +300,15 @@ class Recipe(_Section):
             raise UsageError("cache: the recipe names none; pass the one to train from with --set cache=PATH")
         return self.cache
 
+    def with_absolute_paths(self) -> Recipe:
+        """The same recipe whatever folder it is used from: `cache`, those of `sources` and `init` made absolute."""
+
+        def absolute(path: str | None) -> str | None:
+            return None if path is None else os.path.abspath(path)  # noqa: PTH100 - links stay as they are
+
+        sources = tuple(s.model_copy(update={"cache": absolute(s.cache)}) for s in self.sources)
+        return self.model_copy(update={"cache": absolute(self.cache), "sources": sources, "init": absolute(self.init)})
+
     def to_yaml(self) -> str:
         """The recipe with every default written out; `parse_recipe` reads it back equal."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -372,6 +385,8 @@ def differing_keys(first: Recipe, second: Recipe) -> list[str]:
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         result.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
     return result
 

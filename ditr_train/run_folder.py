@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -22,16 +22,19 @@ import ditr_cache
 from ditr_cache.errors import DataError, MismatchError, MissingDataError, StorageError, UsageError
 from ditr_cache.schema import VFMSpec, canonical_digest
 from ditr_train.data.dataset import CachedDataset
+from ditr_train.files import replace_text
 from ditr_train.recipe import Recipe, differing_keys, read_recipe
 
 FREE_KEYS = (
-    "cache", "description", "data.workers", "evaluation", "tracking", "training.checkpoint_every", "training.log_every",
+    "cache", "sources.cache", "description", "data.workers", "evaluation", "tracking", "training.checkpoint_every",
+    "training.log_every",
 )  # fmt: skip
 """Recipe keys and sections that may differ between a run and its continuation: none of them changes a weight."""
 
 
 def is_free(key: str) -> bool:
-    """Whether a dotted recipe key is one of `FREE_KEYS`, or lies below one of them."""
+    """Whether a dotted recipe key (`sources.0.cache`) is one of `FREE_KEYS`, or lies below one of them."""
+    key = re.sub(r"\.\d+(?=\.)", "", key)
     return any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
 
 
@@ -121,7 +124,7 @@ class RunInfo:
             init=None if init is None else dict(init),
             versions={"ditr": ditr_cache.__version__, "python": platform.python_version(), **_library_versions()},
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=shlex.join(sys.orig_argv),
             git_commit=_git_commit(),
         )
 
@@ -166,7 +169,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """Weights of the evaluation with the highest mIoU."""
+        """Weights of the evaluation with the highest mIoU, or cosine of a distillation."""
         return self.path / "best.pt"
 
     @property
@@ -184,8 +187,8 @@ class RunFolder:
         self.require_new()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.recipe, recipe.to_yaml())
-            _replace(self.info, json.dumps(dataclasses.asdict(info), indent=1) + "\n")
+            replace_text(self.recipe, recipe.to_yaml())
+            replace_text(self.info, json.dumps(dataclasses.asdict(info), indent=1) + "\n")
         except OSError as error:
             raise StorageError(
                 f"cannot write run folder {str(self.path)!r}: {error.strerror or error}; choose another --out"
@@ -224,7 +227,9 @@ class RunFolder:
                 }
             )
         except (ValueError, TypeError, KeyError, OSError) as error:
-            raise DataError(f"{str(self.info)!r} is damaged ({error}); train again") from error
+            raise DataError(
+                f"{str(self.info)!r} is damaged, or was written by an older version ({error}); train again"
+            ) from error
         return read_recipe(self.recipe), info
 
     def check_same(self, recipe: Recipe, sources: Sequence[Sequence[CachedDataset]]) -> None:
@@ -247,12 +252,6 @@ class RunFolder:
                     f"run began with ({then.samples} then, {now.samples} now): samples were added, removed or made "
                     "anew; bring that cache back, or start another run with another --out"
                 )
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _plain(spec: VFMSpec) -> dict[str, Any]:

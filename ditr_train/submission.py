@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ from numpy.typing import NDArray
 from ditr_cache.errors import DataError, MismatchError, StorageError, UnknownNameError, UnwritableError, UsageError
 from ditr_cache.store import CacheReader
 from ditr_train.benchmark_labels import NUSCENES, SCANNET, SCANNET200, SEMANTICKITTI
+from ditr_train.files import temporary_name
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class Submission:
 
     def finish(self) -> Path:
         """Pack the zip file that the server takes; returns its path. Raises `StorageError`."""
-        temporary = self.zip.with_name(f".{self.zip.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(self.zip)
         try:
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
                 for path in sorted(self.folder.rglob("*")):

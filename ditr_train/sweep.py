@@ -10,10 +10,8 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +19,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ditr_cache.errors import CacheError, DataError, MismatchError, StorageError, UsageError
+from ditr_train.files import replace_text
 from ditr_train.recipe import differing_keys
 from ditr_train.run_folder import RunFolder, is_free
+from ditr_train.signals import sigterm_as_interrupt
 from ditr_train.sweep_plan import SweepRun
 
 LOCK = ".lock"
@@ -118,10 +118,8 @@ class SweepRecord:
     def write(self) -> None:
         """Replace the file. Raises `StorageError`."""
         body = {"recipe": self.recipe, "runs": [{"name": name, **run} for name, run in self.runs.items()]}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         with _writing(self.path):
-            temporary.write_text(json.dumps(body, indent=1) + "\n")
-            temporary.replace(self.path)
+            replace_text(self.path, json.dumps(body, indent=1) + "\n")
 
 
 # --- the work -------------------------------------------------------------------------------------------------------
@@ -188,7 +186,7 @@ def sweep(
     working: dict[int, tuple[SweepRun, Job, float]] = {}
     codes: dict[str, int] = {}
     try:
-        with _sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             while waiting or working:
                 for slot in range(jobs):
                     if waiting and slot not in working:
@@ -274,6 +272,8 @@ def lock_folder(folder: Path) -> Iterator[IO[str]]:
 
 def job_environments(device: str, jobs: int) -> list[dict[str, str]]:
     """What runs at the same time find in their environment: a GPU each, or their share of the CPU's cores."""
+    if ":" in device:  # one GPU for all runs, by the number that it has among all
+        return [{}]
     if device != "cpu":
         import torch
 
@@ -300,18 +300,6 @@ def _stop(working: Sequence[Job], poll_seconds: float) -> None:
                 job.kill()
         while any(job.poll() is None for job in working):
             time.sleep(poll_seconds)
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

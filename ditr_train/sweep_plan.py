@@ -134,10 +134,7 @@ def check_caches(runs: Sequence[SweepRun]) -> None:
     """Raise where a run's cache cannot be opened or lacks its VFM; every cache is opened once."""
     wanted: set[tuple[str, str | None]] = set()
     for run in runs:
-        if run.recipe.sources:
-            wanted.update((source.cache, source.vfm or run.recipe.vfm) for source in run.recipe.sources)
-        else:
-            wanted.add((run.recipe.require_cache(), run.recipe.vfm))
+        wanted.update((source.cache, source.vfm) for source in run.recipe.all_sources())
     for path, found in itertools.groupby(sorted(wanted, key=str), key=lambda pair: pair[0]):
         cache = open_cache(path)
         for _, vfm in found:

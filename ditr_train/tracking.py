@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ditr_cache.errors import StorageError
+from ditr_train.files import replace_text
 from ditr_train.recipe import TrackingConfig
 from ditr_train.report import headline, summary
 from ditr_train.wandb_run import WandbRun, require_wandb
@@ -34,9 +34,7 @@ class MetricsLog:
         self.path = path
         try:
             kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(path)
+            replace_text(path, "".join(kept))
             self._file: IO[str] = path.open("a")
         except OSError as error:
             raise self._failed(error) from error
@@ -64,7 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ditr_cache.errors import DataError, MissingDataError, UsageError
+from ditr_cache.errors import CacheError, DataError, MissingDataError, UsageError
 from ditr_cache.store import open_cache
 from ditr_train.checkpoint import load_checkpoint, used_weights
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.distributed import choose_device
 from ditr_train.models.segmentor import Segmentor, build_segmentor
 from ditr_train.recipe import Recipe
-from ditr_train.run_folder import RunFolder, RunInfo
+from ditr_train.run_folder import CacheInfo, RunFolder, RunInfo
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class TrainedRun:
     device: torch.device
     step: int
 
-    def dataset(self, split: str, *, labelled: bool = True) -> CachedDataset:
-        """A split of the run's cache, as the network expects it.
+    def dataset(
+        self, split: str, *, labelled: bool = True, fraction: float = 1.0, fraction_seed: int = 0
+    ) -> CachedDataset:
+        """A split of the cache in use, as the network expects it; arguments as of `CachedDataset`.
 
         Raises:
             MismatchError: the cache's classes or features are not those of the run.
@@ -53,9 +55,25 @@ class TrainedRun:
             class_names=self.info.class_names,
             labelled=labelled,
             view=self.recipe.data.view,
+            fraction=fraction,
+            fraction_seed=fraction_seed,
         )
         self.info.check_vfm(dataset.vfm)
         return dataset
+
+    def on_own_cache(self) -> bool:
+        """Whether the cache in use is the one of the training, by its content, wherever it lies now."""
+        own = self.info.caches[0]
+        if str(Path(self.recipe.require_cache()).resolve()) == own.path:
+            return True
+        try:
+            parts = [
+                self.dataset(split, fraction=self.recipe.data.fraction, fraction_seed=self.recipe.data.fraction_seed)
+                for split in self.recipe.splits.training
+            ]
+        except CacheError:  # it lacks what the training needed: another one
+            return False
+        return CacheInfo.of(parts).identity == own.identity
 
 
 def load_run(
@@ -67,7 +85,7 @@ def load_run(
         run_dir: made by `ditr-train run`.
         device: auto, cpu or cuda.
         checkpoint: `best` (highest mIoU on the validation split) or `last`.
-        cache: use this cache instead of the recipe's, say after it was moved.
+        cache: use this cache instead of the one trained from, say after it was moved.
 
     Raises:
         UsageError: a distillation, which predicts VFM features and no classes.

@@ -40,6 +40,9 @@ from ditr_train.tasks import open_task
 from ditr_train.tracking import Tracker, TrainProgress
 from ditr_train.wandb_run import require_wandb
 
+SMALLEST_SCALE = 2.0**-10
+"""Factor of the loss under fp16 below which a gradient that is not finite is no overflow."""
+
 _DROPOUT = 3  # stream of random numbers, beside those of the loader
 
 
@@ -88,6 +91,7 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, out: Path, this: Processes, *, resume: bool = False, quiet: bool = False
     ) -> None:
+        recipe = recipe.with_absolute_paths()
         self.recipe, self.this, self.folder = recipe, this, RunFolder(out)
         data, training = recipe.data, recipe.training
         if this.is_main and not resume:
@@ -138,7 +142,6 @@ class Trainer:
             workers=self.recipe.data.workers,
             pin_memory=self.this.device.type == "cuda",
         )
-        self.model.train()
         with contextlib.ExitStack() as stack:
             if self.this.is_main and self.step < self.total_steps:
                 tracker = Tracker(
@@ -178,8 +181,10 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[PointBatch]) -> _Times:
         begun, times = time.perf_counter(), _Times(steps=1)
+        self._choose_statistics()
         parts = self.recipe.training.accumulation
         names: list[str] = []
+        fault = ""
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(parts):
             asked = time.perf_counter()
@@ -192,12 +197,22 @@ class Trainer:
                 loss = self._loss(batch.to(self.this.device, non_blocking=True), part) / parts
                 self.scaler.scale(loss).backward()
             value = loss.item()
-            if not math.isfinite(value):
-                raise self._diverged(f"the loss is {value}", batch.names)
+            if not (fault or math.isfinite(value)):
+                fault = f"the loss is {value} on {', '.join(batch.names)}"
             times.loss += value
+        if self.this.any(bool(fault)):  # together: a process that stopped alone would leave the others waiting
+            raise self._diverged(fault or "the loss of another process is not finite")
         self._update(names)
         times.seconds = time.perf_counter() - begun
         return times
+
+    def _choose_statistics(self) -> None:
+        """Train on the statistics of the batch, or towards the end of the run on the running ones."""
+        self.model.train()
+        if self.step >= round((1 - self.recipe.training.fixed_norms) * self.total_steps):
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def _loss(self, batch: PointBatch, part: int) -> Tensor:
         # Dropout is a function of the step, not of what ran before it: nothing to save, nothing to restore.
@@ -211,10 +226,10 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         limit = self.recipe.training.clip_grad
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        # Under fp16 an overflow is part of the game: the scaler leaves the step out and scales less.
-        if not self.scaler.is_enabled() and not math.isfinite(norm.item()):
-            raise self._diverged(f"the gradient's norm is {norm.item()}", names)
         before = self.scaler.get_scale()
+        # Under fp16 an overflow is part of the game: the scaler leaves the step out and scales less, but not for ever.
+        if (before < SMALLEST_SCALE or not self.scaler.is_enabled()) and not math.isfinite(norm.item()):
+            raise self._diverged(f"the gradient's norm is {norm.item()} on {', '.join(names)}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= before:  # else fp16 overflowed and the optimiser skipped the step
@@ -222,9 +237,9 @@ class Trainer:
             if self.average is not None:
                 self.average.update(self.model)
 
-    def _diverged(self, fault: str, names: Sequence[str]) -> DivergedError:
+    def _diverged(self, fault: str) -> DivergedError:
         return DivergedError(
-            f"step {self.step + 1}: {fault} on {', '.join(names)}; the weights of the last checkpoint in "
+            f"step {self.step + 1}: {fault}; the weights of the last checkpoint in "
             f"{str(self.folder.path)!r} are from before it; look at these samples, lower optimizer.lr, set "
             "training.clip_grad, or set training.amp to bf16 or off"
         )
@@ -238,6 +253,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         used = self.model if self.average is None else self.average.model
+        self.this.same_buffers(used)  # what is scored is what is saved
         results = self.task.evaluate(used)
         if results is None:
             return

@@ -1,6 +1,6 @@
 """Measures `ditr-train predict` on synthetic landscapes of 2 and of 20 million points: speed, and peak memory.
 
-    python pipelines/bench_predict.py [--points 2000000 --points 20000000] [--tmp DIR]
+    python pipelines/bench_predict.py [--points 2000000 --points 20000000] [--tmp DIR] [--page BENCHMARKS.md]
 
 Both clouds have the same density; the network is the demo's, with fresh weights, as its speed does not depend on them.
 """
@@ -18,6 +18,7 @@ import click
 import laspy
 import numpy as np
 import torch
+from benchmarks_page import machine, write_section
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +31,7 @@ DENSITY = 25.0  # points per square metre, as of an airborne scan
 GRID_SIZE = 0.5
 CLASSES = ("ground", "building", "tree")
 STEP = 1_000_000
+HEADS = ("points", "tiles", "seconds", "points/s", "peak memory, MiB")
 
 # The peak of a process of its own, in MiB, on the last line of stderr.
 PEAK_MEMORY = (
@@ -79,10 +81,10 @@ def write_run(folder: Path) -> None:
 @click.command()
 @click.option("--points", type=int, multiple=True, default=(2_000_000, 20_000_000), show_default=True)
 @click.option("--tmp", type=click.Path(path_type=Path), default=None, help="Where the clouds are made; ~5 GB.")
-def bench(points: tuple[int, ...], tmp: Path | None) -> None:
+@click.option("--page", type=click.Path(path_type=Path), default=None, help="Keep the figures in this page.")
+def bench(points: tuple[int, ...], tmp: Path | None, page: Path | None) -> None:
     """Predict clouds of several sizes and compare speed and memory."""
-    table = Table("points", "tiles", "seconds", "points/s", "peak memory, MiB", title="ditr-train predict")
-    peaks = []
+    rows, peaks = [], []
     for count in points:
         with tempfile.TemporaryDirectory(prefix="ditr-bench-predict-", dir=tmp) as name:
             folder = Path(name)
@@ -98,13 +100,29 @@ def bench(points: tuple[int, ...], tmp: Path | None) -> None:
             labels = np.load(folder / "out" / "cloud.labels.npy", mmap_mode="r")
             assert labels.shape == (count,) and labels.min() >= 0
             peaks.append(int(done.stderr.split()[-1]))
-        table.add_row(
-            f"{count:,}", str(summary["tiles"]), f"{summary['seconds']:.1f}", f"{summary['points_per_second']:,.0f}",
-            f"{peaks[-1]:,}",
-        )  # fmt: skip
+        speed = f"{summary['points_per_second']:,.0f}"
+        rows.append((f"{count:,}", str(summary["tiles"]), f"{summary['seconds']:.1f}", speed, f"{peaks[-1]:,}"))
+    table = Table(*HEADS, title="ditr-train predict")
+    for row in rows:
+        table.add_row(*row)
+    ratio = f"peak memory of the last / the first: {peaks[-1] / peaks[0]:.2f}"
     console = Console(width=100)
     console.print(table)
-    console.print(f"peak memory, {max(points):,} / {min(points):,} points: {peaks[-1] / peaks[0]:.2f}")
+    console.print(ratio)
+    if page is not None:
+        lines = [
+            "## Prediction of large clouds",
+            "",
+            f"Written by `python pipelines/bench_predict.py --page {page}`: LAS, {DENSITY:.0f} points per square "
+            f"metre, grid {GRID_SIZE} m, the demo's network with fresh weights; {ratio}.",
+            "",
+            f"Machine: {machine()}.",
+            "",
+            f"| {' | '.join(HEADS)} |",
+            f"|{'---|' * len(HEADS)}",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
+        write_section(page, "bench_predict", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from ditr_train.data.voxelize import voxelize
 CHANNELS = {"coord": 3, "color": 3, "normal": 3, "strength": 1}
 """What the network input can be made of -> number of channels."""
 
+MAX_INJECTED_EXTENT = 2**16
+"""Most voxels along an axis of a sample with VFM features: 16 bits of the keys by which they are pooled."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VoxelSample:
@@ -191,6 +194,11 @@ class CachedDataset:
         )
         if stored.features is None or points.row is None:
             return sample
+        if (extent := int(grid_coord.max()) + 1) > MAX_INJECTED_EXTENT:
+            raise DataError(
+                f"sample {points.name!r}: {extent} voxels along an axis, and VFM features are pooled over at most "
+                f"{MAX_INJECTED_EXTENT}; raise data.grid_size, or crop with data.point_max"
+            )
         rows, row = used_rows(points.row, len(stored.features.table))
         scale = stored.features.scale
         return replace(sample, table=stored.features.table[rows], scale=None if scale is None else scale[rows], row=row)

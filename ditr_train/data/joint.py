@@ -9,7 +9,7 @@ import numpy as np
 from ditr_cache.errors import MismatchError
 from ditr_train.data.dataset import CachedDataset, VoxelSample
 
-_SAME_TEACHER = ("weights_sha256", "tap", "norm", "dim", "codec")
+_SAME_TEACHER = ("dim", "weights_sha256", "tap", "norm", "codec")
 
 
 class JointDataset:

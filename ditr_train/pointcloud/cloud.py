@@ -65,13 +65,20 @@ class PointCloud(ABC):
         if count == 0:
             raise DataError(f"{path}: the {self.FORMAT} file has no points, expected at least one")
 
-    @abstractmethod
     def chunks(self, size: int) -> Iterator[Chunk]:
         """All points in the file's order, at most `size` at once.
 
         Raises:
-            DataError: the content is not what the header announces.
+            DataError: the content is not what the header announces, or cannot be read.
         """
+        try:
+            yield from self._chunks(size)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read to its end: {error.strerror or error}") from error
+
+    @abstractmethod
+    def _chunks(self, size: int) -> Iterator[Chunk]:
+        """As `chunks`; an `OSError` may pass."""
 
     def spans(self, size: int) -> Iterator[tuple[int, int]]:
         """First point and number of points of each chunk of at most `size` points."""

@@ -36,7 +36,7 @@ class KittiCloud(PointCloud):
             )
         super().__init__(path, size // _POINT.itemsize, ("coord", "strength"), np.float32)
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
+    def _chunks(self, size: int) -> Iterator[Chunk]:
         """See `PointCloud`."""
         with self.path.open("rb") as file:
             for first, rows in self.spans(size):

@@ -49,7 +49,7 @@ class LasCloud(PointCloud):
         if not compressed and got < count:
             raise self.cut_short(max(got, 0))
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
+    def _chunks(self, size: int) -> Iterator[Chunk]:
         """See `PointCloud`."""
         laspy = require("laspy", _PURPOSE)
         done = 0

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import StorageError, UnwritableError
+from ditr_train.files import temporary_name
 
 UNLABELLED = (0, 0, 0)
 """Colour of points without a label (label -1): those without finite coordinates."""
@@ -38,11 +39,15 @@ class OutputFiles:
         self._final = {
             name: folder / f"{stem}{ending}" for name, ending in ENDINGS.items() if name != "softmax" or softmax
         }
-        self._temporary = {n: p.with_name(f".{p.name}.{os.getpid()}.tmp") for n, p in self._final.items()}
-        with self._errors():
-            self._make("labels", (count,), np.dtype(np.int16), -1)
-            if softmax:
-                self._make("softmax", (count, classes), np.dtype(np.float16), 0)
+        self._temporary = {n: temporary_name(p) for n, p in self._final.items()}
+        try:
+            with self._errors():
+                self._make("labels", (count,), np.dtype(np.int16), -1)
+                if softmax:
+                    self._make("softmax", (count, classes), np.dtype(np.float16), 0)
+        except BaseException:  # also Ctrl-C: no block was entered that would remove them
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Self:
         return self

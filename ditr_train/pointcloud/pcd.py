@@ -53,7 +53,7 @@ class PcdCloud(PointCloud):
             require("lzf", "compressed PCD files")
             self._check_compressed(rest)
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
+    def _chunks(self, size: int) -> Iterator[Chunk]:
         """See `PointCloud`."""
         with self.path.open("rb") as file:
             file.seek(self._start)

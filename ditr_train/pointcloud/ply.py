@@ -84,7 +84,7 @@ class PlyCloud(PointCloud):
             if got < self.count:
                 raise self.cut_short(max(got, 0))
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
+    def _chunks(self, size: int) -> Iterator[Chunk]:
         """See `PointCloud`."""
         with self.path.open("rb") as file:
             file.seek(self._start)

@@ -52,6 +52,11 @@ class Tiling:
                 f"tile: expected at least {self.stride * self.grid_size:g} metres (one site of the network's coarsest "
                 f"resolution), got {self.edge:g}"
             )
+        if self.edge is not None and self.margin > 4 * self.edge:
+            raise UsageError(
+                f"overlap: expected at most 4 times the tile ({4 * self.edge:g} metres), got {self.margin:g}: nearly "
+                "all work would be on context; enlarge --tile"
+            )
 
     @property
     def margin(self) -> float:

@@ -29,7 +29,7 @@ FLAGS = {
     "info": "CACHE --json",
     "verify": "CACHE --repair --json",
     "show": "CACHE SAMPLE -o --vfm",
-    "synthesize": "--scenes --seed",
+    "synthesize": "--scenes --seed --point-spacing",
 }
 
 
@@ -101,6 +101,7 @@ def test_version(run: Run) -> None:
         (("show", "a", "b"), "-o"),
         (("synthesize", "x", "--scenes", "1"), "--scenes"),
         (("synthesize", "x", "--seed", "-1"), "--seed"),
+        (("synthesize", "x", "--point-spacing", "3"), "point_spacing must be in"),
     ],
 )
 def test_wrong_use_exits_2_and_names_what_is_wrong(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_last_checkpoint_scores_as_the_training_said(run: Path) -> None:
         assert evaluate(run, device="cpu", checkpoint="last", workers=workers)["IoU"] == said["IoU"]
 
 
+def test_a_relative_cache_is_found_from_another_folder(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_cache.parent)
+    train(recipe(Path(tiny_cache.name)), tmp_path / "run", device="cpu", quiet=True)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate("run", device="cpu")["cache"] == str(tiny_cache.resolve())
+
+
 def test_points_come_back_in_the_datasets_order(run: Path, tiny_cache: Path) -> None:
     trained = load_run(run, device="cpu")
     prediction = predict_sample(trained, "room04")
@@ -125,3 +135,18 @@ def test_damaged_run_folders(run: Path, tmp_path: Path) -> None:
     (copy / "run.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
         load_run(copy, device="cpu")
+
+
+def test_scores_on_another_cache_take_no_others_place(
+    run: Path, tiny_cache: Path, tmp_path: Path, make_cache: Callable[..., Path]
+) -> None:
+    moved = shutil.copytree(tiny_cache, tmp_path / "moved")
+    foreign = make_cache(tmp_path / "foreign", points=300, seed=3)
+    own = evaluate(run, device="cpu")
+    assert own["other_cache"] is None
+    assert evaluate(run, device="cpu", cache=str(moved))["other_cache"] is None
+    other = evaluate(run, device="cpu", cache=str(foreign))
+    assert len(other["other_cache"]) == 8
+    kept = {path.name: json.loads(path.read_text()) for path in (run / "eval").glob("*.json")}
+    assert kept["val-best-fast.json"]["mIoU"] == own["mIoU"]
+    assert kept[f"val-best-fast-cache-{other['other_cache']}.json"]["mIoU"] == other["mIoU"]

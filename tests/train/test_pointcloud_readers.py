@@ -369,3 +369,17 @@ def test_noise_is_an_error_with_a_message(
         assert sum(map(len, cloud.chunks(5))) == cloud.count
     except CacheError as error:
         assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("extension", ["bin", "ply"])
+def test_a_file_that_goes_away_is_an_error_with_a_message(extension: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{extension}"
+    points = np.zeros(3, "<f4,<f4,<f4,<f4").tobytes()
+    header = b"ply\nformat binary_little_endian 1.0\nelement vertex 3\n" + b"".join(
+        b"property float %s\n" % name for name in (b"x", b"y", b"z", b"intensity")
+    )
+    path.write_bytes(points if extension == "bin" else header + b"end_header\n" + points)
+    cloud = open_cloud(path)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path}: cannot be read"):
+        list(cloud.chunks(2))

@@ -29,8 +29,8 @@ def test_long_work_says_how_far_how_fast_and_how_long() -> None:
 
 def test_a_terminal_gets_a_bar() -> None:
     output = io.StringIO()
-    text = shown(SampleProgress("evaluating val", 2, console=Console(file=output, force_terminal=True)), output)
-    assert "evaluating val" in text and "2/2" in text and "samples/s" in text
+    text = shown(SampleProgress("evaluating [a]{b}", 2, console=Console(file=output, force_terminal=True)), output)
+    assert "evaluating [a]{b}" in text and "2/2" in text and "samples/s" in text
 
 
 def test_quiet() -> None:

@@ -266,6 +266,7 @@ def test_what_runs_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job_environments("auto", 3) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert job_environments("cuda", 2) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    assert job_environments("cuda:1", 2) == [{}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert job_environments("cuda", 2) == [{}]
 

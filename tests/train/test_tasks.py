@@ -168,7 +168,7 @@ def test_weights_of_another_network_are_refused(distilled: Path, tiny_cache: Pat
         data__feat=["normal", "color"],
     )
     refused(MismatchError, r"lacks \d+ tensors \(injection", vfm="fake", model__injection={})
-    refused(MissingDataError, "'RUN_DIR' is not a run folder; pass the run to start from", init="RUN_DIR")
+    refused(MissingDataError, "RUN_DIR' is not a run folder; pass the run to start from", init="RUN_DIR")
     refused(MissingDataError, r"no other\.pt yet", init=str(distilled / "other.pt"))
     injected = tmp_path / "injected"
     train(recipe(tiny_cache, **steps_of()), injected, device="cpu", quiet=True)
@@ -256,7 +256,7 @@ def test_a_gradient_that_is_not_finite_names_the_samples(
         return original(logits, *args, **kwargs)
 
     monkeypatch.setattr(tasks, "segmentation_loss", failing)
-    with pytest.raises(DivergedError, match=r"step 2: the gradient's norm is (nan|inf) on room0\d.*last\.pt|step 2"):
+    with pytest.raises(DivergedError, match=r"step 2: the gradient's norm is (nan|inf) on room0\d, room0\d;"):
         train(recipe(tiny_cache, data__mix_prob=0.0), tmp_path / "run", device="cpu", quiet=True)
 
 

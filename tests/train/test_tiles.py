@@ -145,7 +145,12 @@ def test_one_tile_where_all_fits() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"edge": 0.5}, "at least 1 metres"), ({"edge": float("nan")}, "got nan"), ({"overlap": -1.0}, "0 or more")],
+    [
+        ({"edge": 0.5}, "at least 1 metres"),
+        ({"edge": float("nan")}, "got nan"),
+        ({"overlap": -1.0}, "0 or more"),
+        ({"edge": 2.0, "overlap": 9.0}, "at most 4 times"),
+    ],
 )
 def test_tilings_that_make_no_sense(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -19,6 +19,7 @@ from ditr_cache.schema import VFMSpec
 from ditr_train import tasks
 from ditr_train.checkpoint import load_checkpoint
 from ditr_train.distributed import Processes, choose_device
+from ditr_train.evaluate import evaluate
 from ditr_train.tracking import read_metrics
 from ditr_train.trainer import DivergedError, TrainingInterruptedError, train
 from runs import ONE_THREAD, assert_same_run, recipe, stop_at
@@ -209,8 +210,12 @@ def test_two_processes_train_as_one(tiny_cache: Path, tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines if line["kind"] == "val"] == [2, 4, 6]
+    val = [line for line in lines if line["kind"] == "val"]
+    assert [line["step"] for line in val] == [2, 4, 6]
     assert np.isfinite([line["loss"] for line in lines if line["kind"] == "train"]).all()
+    # The second process scored its share with the weights that are saved, running statistics included.
+    alone = evaluate(tmp_path / "run", device="cpu", checkpoint="last")
+    assert {name: alone[name] for name in ("mIoU", "IoU")} == {name: val[-1][name] for name in ("mIoU", "IoU")}
 
 
 @pytest.mark.gpu
