@@ -38,7 +38,7 @@ def cli() -> None:
 @DEVICE
 def run(recipe: str, overrides: tuple[str, ...], out: str | None, resume: bool, device: str) -> None:
     """Train by RECIPE, the name of one that ships (see `ditr-train recipes`) or a YAML file."""
-    from ditr_train.recipe import load_recipe
+    from ditr_train.recipe_files import load_recipe
     from ditr_train.report import summary
     from ditr_train.trainer import train
 
@@ -327,7 +327,7 @@ def compare_runs(runs: tuple[str, ...], outputs: tuple[str, ...], as_json: bool)
 @cli.command()
 def recipes() -> None:
     """List the recipes that ship."""
-    from ditr_train.recipe import list_recipes
+    from ditr_train.recipe_files import list_recipes
 
     shipped = list_recipes()
     width = max(map(len, shipped), default=0)

@@ -23,7 +23,8 @@ from ditr_cache.errors import DataError, MismatchError, MissingDataError, Storag
 from ditr_cache.schema import VFMSpec, canonical_digest
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.files import replace_text
-from ditr_train.recipe import Recipe, differing_keys, read_recipe
+from ditr_train.recipe import Recipe, differing_keys
+from ditr_train.recipe_files import read_recipe
 
 FREE_KEYS = (
     "cache", "sources.cache", "description", "data.workers", "evaluation", "tracking", "training.checkpoint_every",

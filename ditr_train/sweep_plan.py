@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ditr_cache.errors import UsageError
 from ditr_cache.store import open_cache
-from ditr_train.recipe import Recipe, load_recipe
+from ditr_train.recipe import Recipe
+from ditr_train.recipe_files import load_recipe
 
 NAME_LENGTH = 48
 """Characters of one value in the name of a run."""

@@ -140,7 +140,7 @@ def bench_memory(folder: Path) -> Iterator[Figure]:
 
 def bench_training(folder: Path) -> Iterator[Figure]:
     """A training step with cached features against one without, same network, same points; time waiting for data."""
-    from ditr_train.recipe import load_recipe
+    from ditr_train.recipe_files import load_recipe
     from ditr_train.trainer import train
 
     synthesize(folder / "rooms", scenes=12, workers=os.cpu_count() or 1)
@@ -190,7 +190,7 @@ def _step_ratio(cache: Path) -> tuple[float, float]:
     from ditr_train.losses import segmentation_loss
     from ditr_train.models.segmentor import build_segmentor
     from ditr_train.optim import build_optimizer
-    from ditr_train.recipe import load_recipe
+    from ditr_train.recipe_files import load_recipe
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps: dict[str, Callable[[], object]] = {}
@@ -222,24 +222,26 @@ def _step_ratio(cache: Path) -> tuple[float, float]:
 
 
 def bench_codec(folder: Path) -> Iterator[Figure]:
-    """int8 against float16 rows of efficientnet-lite0 on the real 7-Scenes capture."""
+    """int8 against float16 rows, and layout views against fused, of efficientnet-lite0 on the real 7-Scenes capture."""
     root = REALDATA / "7scenes" / "room"
     if not root.is_dir():
         yield Figure(
             f"int8 against float16: skipped, {root.name} capture not there (set DITR_REALDATA)", "-", "-", True
         )
         return
-    for codec in ("float16", "int8"):
+    for codec, layout in (("float16", "fused"), ("int8", "fused"), ("int8", "views")):
         settings = ExtractSettings(
             dataset="rgbd",
             root=str(root),
             cache=str(folder / "cache"),
             vfm=VFMRequest(name="efficientnet-lite0"),
             codec=codec,
+            layout=layout,
         )
         extract(ExtractRequest(settings=settings, workers=0), quiet=True)
     cache = open_cache(folder / "cache")
-    by_codec = {spec.codec: spec.key for spec in cache.vfms.values()}
+    by_codec = {spec.codec: spec.key for spec in cache.vfms.values() if spec.layout == "fused"}
+    (views,) = (spec.key for spec in cache.vfms.values() if spec.layout == "views")
     sample = cache.samples[0]
     exact, coded = (cache.read(sample, by_codec[c]) for c in ("float16", "int8"))
     assert exact.feature is not None and coded.feature is not None
@@ -254,6 +256,9 @@ def bench_codec(folder: Path) -> Iterator[Figure]:
         float(cosine.mean()) >= 0.999,
     )
     yield Figure("int8: bytes on disk / float16", f"{ratio:.3f}", "<= 0.55", ratio <= 0.55)
+    points = sum(sample.points for record in cache.geometry.values() for sample in record.samples)
+    per_point = [_stored_bytes(cache.paths.features(key)) / points for key in (views, by_codec["int8"])]
+    yield Figure("layout views: bytes per point, int8 (fused)", f"{per_point[0]:.1f} ({per_point[1]:.1f})", "-", True)
 
 
 BENCHMARKS: dict[str, Callable[[Path], Iterator[Figure]]] = {

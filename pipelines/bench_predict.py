@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ditr_train.checkpoint import save_checkpoint
 from ditr_train.models.segmentor import build_segmentor
-from ditr_train.recipe import load_recipe
+from ditr_train.recipe_files import load_recipe
 from ditr_train.run_folder import RunFolder, RunInfo
 
 DENSITY = 25.0  # points per square metre, as of an airborne scan

@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ditr_train.recipe import load_recipe
+from ditr_cache.errors import CacheError
+from ditr_train.recipe_files import load_recipe
 from ditr_train.sweep import SweepRecord, job_environments, lock_folder, log_file, process_starter, sweep
 from ditr_train.sweep_plan import SweepRun
 from ditr_train.sweep_progress import SweepProgress
@@ -61,19 +62,23 @@ def train_all(title: str, runs: Sequence[SweepRun], folder: Path) -> None:
         console.print(
             f"$ ditr-train run {recipe} --out {folder / run.name}", highlight=False, markup=False, soft_wrap=True
         )
-    with lock_folder(folder) as lock:
-        record = SweepRecord.open(folder, title, runs)
-        missing = sum(not record.done(run.name) for run in runs)
-        with SweepProgress(folder, missing, jobs, console=console) as progress:
-            done = sweep(
-                runs,
-                folder,
-                record,
-                start=process_starter("auto", lock),
-                jobs=jobs,
-                environments=job_environments("auto", jobs),
-                watcher=progress,
-            )
+    try:
+        with lock_folder(folder) as lock:
+            record = SweepRecord.open(folder, title, runs)
+            missing = sum(not record.done(run.name) for run in runs)
+            with SweepProgress(folder, missing, jobs, console=console) as progress:
+                done = sweep(
+                    runs,
+                    folder,
+                    record,
+                    start=process_starter("auto", lock),
+                    jobs=jobs,
+                    environments=job_environments("auto", jobs),
+                    watcher=progress,
+                )
+    except CacheError as error:
+        console.print(f"error: {error}", markup=False)
+        sys.exit(error.exit_code)
     for name in done.failed:
         console.print(log_file(folder, name).read_text(), markup=False)
     if done.failed:

@@ -45,8 +45,8 @@ Scores = Mapping[tuple[str, float], Sequence[float]]
 @click.option("--out", default="experiments", show_default=True, type=click.Path(path_type=Path))
 @click.option("--scenes", default=60, show_default=True, help="Rooms; a third of them validates.")
 @click.option("--seeds", default=3, show_default=True, help="Trainings of each kind.")
-@click.option("--steps", default=400, show_default=True, help="Optimiser steps with labels, in every arm.")
-@click.option("--distill-steps", default=800, show_default=True, help="Optimiser steps of a distillation.")
+@click.option("--steps", default=300, show_default=True, help="Optimiser steps with labels, in every arm.")
+@click.option("--distill-steps", default=600, show_default=True, help="Optimiser steps of a distillation.")
 @click.option("--page", default="BENCHMARKS.md", show_default=True, type=click.Path(path_type=Path))
 @click.option("--plot", default="docs/experiments.png", show_default=True, type=click.Path(path_type=Path))
 def experiments(out: Path, scenes: int, seeds: int, steps: int, distill_steps: int, page: Path, plot: Path) -> None:

@@ -18,7 +18,7 @@ from ditr_train.models import injection as injection_module
 from ditr_train.models.config import InjectionConfig, ModelConfig, SparseUNetConfig
 from ditr_train.models.injection import InjectedTerms, Injection, dequantize
 from ditr_train.models.segmentor import Segmentor, build_segmentor
-from ditr_train.recipe import load_recipe, read_recipe
+from ditr_train.recipe_files import load_recipe, read_recipe
 
 DIM = 5
 DECODER, ENCODER = (3, 4, 5, 2), (3, 4, 5, 2, 6)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
-from ditr_train.recipe import differing_keys, list_recipes, load_recipe, parse_recipe, read_recipe
+from ditr_train.recipe import differing_keys, parse_recipe
+from ditr_train.recipe_files import list_recipes, load_recipe, read_recipe
 
 BASE = """
 description: small

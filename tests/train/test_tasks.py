@@ -179,7 +179,7 @@ def test_weights_of_another_network_are_refused(distilled: Path, tiny_cache: Pat
 
 KINDS: dict[str, dict[str, Any]] = {
     "inject": {"training__ema": 0.9, "training__accumulation": 2},
-    "distill": {**DISTILL, "training__ema": 0.9, "training__accumulation": 2},
+    "distill": {**DISTILL, "training__ema": 0.9, "training__accumulation": 2, "training__fixed_norms": 0.4},
     "finetune": {**PLAIN, "training__ema": 0.9, "training__accumulation": 2, "training__clip_grad": 1.0},
 }
 
@@ -209,7 +209,7 @@ def test_two_processes_give_the_gradients_of_one(distilled: Path, tmp_path: Path
     }  # fmt: skip
     changes = {"inject": {}, "distill": DISTILL, "finetune": {**PLAIN, "init": str(distilled)}}
     script = (
-        "import sys, torch\nfrom pathlib import Path\nfrom ditr_train.recipe import read_recipe\n"
+        "import sys, torch\nfrom pathlib import Path\nfrom ditr_train.recipe_files import read_recipe\n"
         "from ditr_train.trainer import train\n"
         "for path in sys.argv[1:]:\n"
         "    train(read_recipe(Path(path)), Path(path).with_suffix(''), device='cpu', quiet=True)\n"
@@ -258,6 +258,37 @@ def test_a_gradient_that_is_not_finite_names_the_samples(
     monkeypatch.setattr(tasks, "segmentation_loss", failing)
     with pytest.raises(DivergedError, match=r"step 2: the gradient's norm is (nan|inf) on room0\d, room0\d;"):
         train(recipe(tiny_cache, data__mix_prob=0.0), tmp_path / "run", device="cpu", quiet=True)
+
+
+def test_norms_keep_their_statistics_towards_the_end(tiny_cache: Path, tmp_path: Path) -> None:
+    loaded = recipe(tiny_cache, **PLAIN, **{**steps_of(), "training__steps": 4, "training__fixed_norms": 0.5})
+    trainer = Trainer(loaded, tmp_path / "run", alone(), quiet=True)
+    norms = [module for module in trainer.model.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+    for step, moving in enumerate((True, True, False, False)):
+        trainer.step = step
+        trainer._choose_statistics()
+        assert trainer.model.training and len(norms) > 5 and {norm.training for norm in norms} == {moving}
+    trainer.step = 0
+    moved = trainer.model.state_dict()["backbone.stem.norm.running_mean"].clone()
+    trainer.fit()
+    after = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    assert after["backbone.stem.norm.num_batches_tracked"] == 2  # of 4 steps
+    assert not torch.equal(after["backbone.stem.norm.running_mean"], moved)
+
+
+def test_a_run_knows_its_paths_from_any_folder(
+    distilled: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_cache.parent)
+    init = os.path.relpath(distilled)
+    loaded = recipe(Path(tiny_cache.name), **PLAIN, init=init, **steps_of())
+    train(loaded, tmp_path / "run", device="cpu", quiet=True)
+    monkeypatch.chdir(tmp_path)
+    stored, _ = RunFolder(tmp_path / "run").open()
+    assert stored.cache == str(tiny_cache) and stored.init == str(distilled)
+    done = train(stored, tmp_path / "run", device="cpu", resume=True, quiet=True)
+    assert done["resumed_from"] == 1
+    assert load_run(tmp_path / "run", device="cpu").dataset("val").ids == ["room04", "room05"]
 
 
 def test_metrics_say_how_fast_and_how_large(distilled: Path) -> None:

@@ -86,7 +86,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole: Path, tiny_cache: Path, 
     script = (
         "import sys, os, signal\n"
         "from pathlib import Path\n"
-        "from ditr_train.recipe import read_recipe\n"
+        "from ditr_train.recipe_files import read_recipe\n"
         "from ditr_train.trainer import Trainer, train\n"
         "step = Trainer._train_step\n"
         "def stepping(self, batches):\n"

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ditr_cache.errors import UnknownNameError, UsageError
 from ditr_train.data.sample import PointSample
-from ditr_train.recipe import load_recipe, parse_recipe
+from ditr_train.recipe import parse_recipe
+from ditr_train.recipe_files import load_recipe
 from ditr_train.tta import TTA_SETS, Augmentation, tta_set
 
 BASE = {"data": {"grid_size": 0.1, "feat": ["color"], "batch_size": 2}, "training": {"epochs": 1}}
