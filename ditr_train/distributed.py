@@ -97,6 +97,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Join the run that `torchrun` describes in the environment (nccl on GPUs, gloo on CPUs), and leave it at the end.
 
+    A process group that the caller has made is used and left as it is; a program that trains several times has to make
+    one, as torch cannot reliably join the same rendezvous again.
+
     Raises:
         DeviceError: CUDA was asked for and is absent.
     """
@@ -107,11 +110,14 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    joined = dist.is_initialized()
+    if not joined:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Processes(rank, world, chosen)
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
