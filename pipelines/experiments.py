@@ -143,7 +143,7 @@ def draw(tables: Mapping[str, Scores], rooms: int, path: Path) -> None:
             axes.plot(range(len(FRACTIONS)), means, color=color, label=name)
             for position, fraction in enumerate(FRACTIONS):
                 axes.scatter([position] * len(scores[arm, fraction]), scores[arm, fraction], s=14, color=color)
-        axes.set_xticks(range(len(FRACTIONS)), [share(fraction, rooms) for fraction in FRACTIONS])
+        axes.set_xticks(range(len(FRACTIONS)), [share(f, rooms).replace(" (", "\n(") for f in FRACTIONS])
         axes.set(title=title, xlabel="labelled training rooms", ylim=(0, 100))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("IoU (%)")
