@@ -36,7 +36,8 @@ def distill_capture(
     call("ditr-cache", "extract", "--dataset", "rgbd", "--root", parted, "--out", cache, "--vfm", VFM, "--workers", 0)
     settings = [
         f"cache={cache}", "splits.val=test", "training.epochs=null", f"training.steps={steps}", "data.loop=20",
-        "data.feat=[coord,color]", "training.evaluate_every=1", "training.checkpoint_every=1", *overrides,
+        "data.feat=[coord,color]", "data.grid_size=0.05", "training.evaluate_every=1",
+        "training.checkpoint_every=1", *overrides,
     ]  # fmt: skip
     sets = [word for setting in settings for word in ("--set", setting)]
     call("ditr-train", "run", "demo/distill", *sets, "--out", run, "--resume")
@@ -47,11 +48,12 @@ def distill_capture(
     console.print(f"the best constant prediction, the mean direction of the training features: {constant:.3f}")
     if page is not None:
         text = (
-            "## Distillation on a real capture\n\nWritten by `python pipelines/distill_capture.py`: 7-Scenes, "
+            "## Distillation on a real capture\n\nWritten by `python pipelines/distill_capture.py CAPTURE "
+            f"--steps {steps} --page {page}` on 7-Scenes: "
             f"{train_frames} frames train, the last {held_frames} are held out; {VFM}, the small SparseUNet of "
-            f"`demo/distill` on coordinates and colour, {steps} steps. Mean cosine between predicted and cached "
-            f"features over the held-out frames' points: {shown}. The best constant prediction, the mean direction "
-            f"of the training features, reaches {constant:.3f}.\n"
+            f"`demo/distill` on coordinates and colour, 5 cm voxels, {steps} steps. Mean cosine between "
+            f"predicted and cached features over the held-out frames' points: {shown}. The best constant "
+            f"prediction, the mean direction of the training features, reaches {constant:.3f}.\n"
         )
         write_section(page, "distill_capture", text)
 

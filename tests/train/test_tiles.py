@@ -31,7 +31,7 @@ class ArrayCloud(PointCloud):
         super().__init__(Path("cloud"), len(coord), channels, coord.dtype.type)
         self.coord, self.color = coord, color
 
-    def chunks(self, size: int) -> Iterator[Chunk]:
+    def _chunks(self, size: int) -> Iterator[Chunk]:
         for i in range(0, self.count, size):
             yield Chunk(coord=self.coord[i : i + size], color=None if self.color is None else self.color[i : i + size])
 
