@@ -70,8 +70,12 @@ def stand_in(command: str, place: Path) -> list[str]:
     )
     if command.startswith("ditr-cache extract"):
         command += " --workers 0"
-    if command.startswith("ditr-train run"):
-        command += f" {SMALL_NETWORK}" + (" --set vfm=test_vit" if "inject" in command or "distill " in command else "")
+    if command.startswith(("ditr-train run", "ditr-train sweep")):
+        reads_features = re.search("scannet/(inject|distill)", command) is not None
+        command += f" {SMALL_NETWORK}" + (" --set vfm=test_vit" if reads_features else "")
+    if command.startswith("ditr-train probe"):
+        command += " --vfm test_vit"
+    command = command.replace(" -o labels", f" -o {place}/labels").replace("--seeds 2", "--seeds 1")
     return shlex.split(command)
 
 
