@@ -18,6 +18,9 @@ from ditr_train.sweep import SweepRecord, job_environments, lock_folder, log_fil
 from ditr_train.sweep_plan import SweepRun
 from ditr_train.sweep_progress import SweepProgress
 
+VFM = "efficientnet-lite0"
+"""The VFM whose pretrained weights come as a package."""
+
 console = Console(width=110)
 
 

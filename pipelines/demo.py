@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from commands import ask, call, console, planned, train_all
+from commands import VFM, ask, call, console, planned, train_all
 from demo_report import write_report
 from rich.table import Table
 
 from ditr_train.tracking import read_metrics
 
-VFM = "efficientnet-lite0"
 ARMS = {"plain": "points alone", "inject": f"with {VFM} injected"}
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 from benchmarks_page import write_section
-from commands import call, console
-from demo import VFM
+from commands import VFM, call, console
 from numpy.typing import NDArray
 
 from ditr_cache import open_cache

@@ -26,8 +26,7 @@ from typing import Any
 
 import click
 from benchmarks_page import machine, write_section
-from commands import call, console, planned, train_all
-from demo import VFM
+from commands import VFM, call, console, planned, train_all
 from rich.table import Table
 
 from ditr_cache import open_cache
