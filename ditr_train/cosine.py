@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ditr_train.data.joint import JointDataset
-from ditr_train.data.loader import BatchLoader, EvalBatches
+from ditr_train.data.loader import eval_loader
 from ditr_train.distributed import Processes, autocast
 
 
@@ -25,10 +25,8 @@ class CosineEvaluator:
 
     def __init__(self, dataset: JointDataset, processes: Processes, *, amp: str = "off", workers: int = 0) -> None:
         self.processes, self.amp = processes, amp
-        share = list(range(processes.rank, len(dataset), processes.world))
-        self._loader = BatchLoader(
-            EvalBatches(dataset), share, workers=min(workers, len(share)), pin_memory=processes.device.type == "cuda"
-        )
+        share = range(processes.rank, len(dataset), processes.world)
+        self._loader = eval_loader(dataset, share, workers=workers, pin_memory=processes.device.type == "cuda")
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """`cosine` in [-1, 1] (None where no voxel has a feature), `voxels` it was taken over, `seconds`.

@@ -23,7 +23,7 @@ from torch import nn
 from ditr_cache.errors import MissingDataError, UnknownNameError, UsageError
 from ditr_cache.store import CacheReader, open_cache
 from ditr_train.data.dataset import CachedDataset
-from ditr_train.data.loader import BatchLoader, EvalBatches, collate
+from ditr_train.data.loader import collate, eval_loader
 from ditr_train.data.sample import PointBatch
 from ditr_train.distributed import Processes, autocast
 from ditr_train.files import replace_text
@@ -52,10 +52,8 @@ class Evaluator:
 
     def __init__(self, dataset: CachedDataset, processes: Processes, *, amp: str = "off", workers: int = 0) -> None:
         self.dataset, self.processes, self.amp = dataset, processes, amp
-        share = list(range(processes.rank, len(dataset), processes.world))
-        self._loader = BatchLoader(
-            EvalBatches(dataset), share, workers=min(workers, len(share)), pin_memory=processes.device.type == "cuda"
-        )
+        share = range(processes.rank, len(dataset), processes.world)
+        self._loader = eval_loader(dataset, share, workers=workers, pin_memory=processes.device.type == "cuda")
 
     def __call__(self, model: nn.Module, on_sample: OnSample | None = None) -> dict[str, Any]:
         """`protocol`, mIoU, mAcc, allAcc and IoU per class (None for a class that occurs nowhere), over the split.

@@ -324,6 +324,13 @@ class BatchLoader(Generic[Batch]):
             ) from error
 
 
+def eval_loader(
+    dataset: EvalSamples, share: Sequence[int], *, workers: int = 0, pin_memory: bool = False
+) -> BatchLoader[PointBatch]:
+    """The samples `share` of a dataset, one evaluation batch each; arguments as of `BatchLoader`."""
+    return BatchLoader(EvalBatches(dataset), share, workers=min(workers, len(share)), pin_memory=pin_memory)
+
+
 def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group; the main process decides when to stop, and stops its workers itself.
