@@ -12,7 +12,8 @@ from ditr_cache.store import open_cache
 from ditr_train.checkpoint import load_checkpoint, used_weights
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.distributed import choose_device
-from ditr_train.models.segmentor import Segmentor, build_segmentor
+from ditr_train.models.build import build_segmentor
+from ditr_train.models.segmentor import Segmentor
 from ditr_train.recipe import Recipe
 from ditr_train.run_folder import CacheInfo, RunFolder, RunInfo
 

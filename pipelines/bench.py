@@ -188,7 +188,7 @@ def _step_ratio(cache: Path) -> tuple[float, float]:
     from ditr_train.data.dataset import CachedDataset
     from ditr_train.data.loader import collate
     from ditr_train.losses import segmentation_loss
-    from ditr_train.models.segmentor import build_segmentor
+    from ditr_train.models.build import build_segmentor
     from ditr_train.optim import build_optimizer
     from ditr_train.recipe_files import load_recipe
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditr_train.checkpoint import save_checkpoint
-from ditr_train.models.segmentor import build_segmentor
+from ditr_train.models.build import build_segmentor
 from ditr_train.recipe_files import load_recipe
 from ditr_train.run_folder import RunFolder, RunInfo
 

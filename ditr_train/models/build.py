@@ -1,11 +1,84 @@
-"""The network of a task, with fresh weights."""
+"""Networks with fresh weights, from their settings; the one place that knows every backbone."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ditr_cache.errors import UsageError
-from ditr_train.models.config import ModelConfig
-from ditr_train.models.distillation import Distiller, build_distiller
-from ditr_train.models.segmentor import Segmentor, build_segmentor
+from ditr_train.models.backbone import Backbone
+from ditr_train.models.config import BackboneConfig, ModelConfig
+from ditr_train.models.distillation import Distiller
+from ditr_train.models.injection import Injection
+from ditr_train.models.segmentor import Segmentor
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
+
+
+def build_backbone(config: BackboneConfig, in_channels: int) -> Backbone[Any]:
+    """A backbone with fresh weights.
+
+    Args:
+        config: which one, and its shape.
+        in_channels: channels of the points.
+    """
+    # Imported here: not every backbone needs spconv.
+    if isinstance(config, SparseUNetConfig):
+        from ditr_train.models.sparse_unet import SparseUNet
+
+        return SparseUNet(config, in_channels)
+    raise AssertionError(config)
+
+
+def build_segmentor(
+    model: ModelConfig, *, in_channels: int, num_classes: int, feature_dim: int | None = None
+) -> Segmentor:
+    """A segmentor with fresh weights.
+
+    Args:
+        model: backbone and injection.
+        in_channels: channels of `PointBatch.feat`.
+        num_classes: number of classes.
+        feature_dim: channels of the cached VFM features; needed with injection, ignored without.
+
+    Raises:
+        UsageError: sizes below 1, or injection without a `feature_dim`.
+    """
+    if in_channels < 1 or num_classes < 1:
+        raise UsageError(f"in_channels and num_classes must be positive, got {in_channels} and {num_classes}")
+    if model.injection is None:
+        return Segmentor(build_backbone(model.backbone, in_channels), num_classes)
+    if feature_dim is None or feature_dim < 1:
+        raise UsageError(
+            f"injection needs the number of channels of the VFM features, got {feature_dim}; choose a VFM of the "
+            "cache in the recipe, or remove `injection` from the model"
+        )
+    backbone = build_backbone(model.backbone, in_channels + model.injection.appended_channels)
+    injection = Injection(
+        model.injection,
+        feature_dim,
+        model.backbone.decoder_terms,
+        model.backbone.encoder_terms,
+        norm_eps=model.backbone.norm_eps,
+        norm_momentum=model.backbone.norm_momentum,
+    )
+    return Segmentor(backbone, num_classes, injection)
+
+
+def build_distiller(model: ModelConfig, *, in_channels: int, feature_dim: int) -> Distiller:
+    """A distiller with fresh weights.
+
+    Args:
+        model: backbone, without injection.
+        in_channels: channels of `PointBatch.feat`.
+        feature_dim: channels of the cached VFM features.
+
+    Raises:
+        UsageError: sizes below 1, or a model with injection.
+    """
+    if in_channels < 1 or feature_dim < 1:
+        raise UsageError(f"in_channels and feature_dim must be positive, got {in_channels} and {feature_dim}")
+    if model.injection is not None:
+        raise UsageError("a network that is given the features cannot learn to predict them; set model.injection=null")
+    return Distiller(build_backbone(model.backbone, in_channels), feature_dim)
 
 
 def build_network(

@@ -10,27 +10,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ditr_cache.errors import DataError, MismatchError, UsageError
+from ditr_cache.errors import DataError, MismatchError
 from ditr_train.data.sample import FeatureRows, PointBatch
-from ditr_train.models.config import ModelConfig
 from ditr_train.models.injection import dequantize
 from ditr_train.models.point_network import PointNetwork
-from ditr_train.models.sparse_unet import SparseUNet
 
 _PORTION_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _SHORTEST = 1e-6  # length below which a vector has no direction; its cosine is 0
 
 
 class Distiller(PointNetwork):
-    """Points of a batch -> how well their features predict those of the VFM.
-
-    Args:
-        backbone: the network over points; the student.
-        feature_dim: C, channels of the VFM; the teacher.
-    """
-
-    def __init__(self, backbone: SparseUNet, feature_dim: int) -> None:
-        super().__init__(backbone, feature_dim)
+    """Points of a batch -> how well their features predict those of the VFM, the teacher; the backbone is the student,
+    the head's channels are the VFM's."""
 
     def forward(self, batch: PointBatch) -> Tensor:
         """[V] float32 cosine between predicted and cached feature of the V points that have one.
@@ -55,24 +46,6 @@ class Distiller(PointNetwork):
         with torch.autocast(points.device.type, enabled=False):
             cosine: Tensor = _CosineToRows.apply(points[seen], self.head.weight, self.head.bias, batch.features, rows)
         return cosine
-
-
-def build_distiller(model: ModelConfig, *, in_channels: int, feature_dim: int) -> Distiller:
-    """A distiller with fresh weights.
-
-    Args:
-        model: backbone, without injection.
-        in_channels: channels of `PointBatch.feat`.
-        feature_dim: channels of the cached VFM features.
-
-    Raises:
-        UsageError: sizes below 1, or a model with injection.
-    """
-    if in_channels < 1 or feature_dim < 1:
-        raise UsageError(f"in_channels and feature_dim must be positive, got {in_channels} and {feature_dim}")
-    if model.injection is not None:
-        raise UsageError("a network that is given the features cannot learn to predict them; set model.injection=null")
-    return Distiller(SparseUNet(model.backbone, in_channels), feature_dim)
 
 
 class _CosineToRows(torch.autograd.Function):

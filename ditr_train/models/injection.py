@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from ditr_cache.errors import DataError, MismatchError
 from ditr_train.data.sample import FeatureRows
 from ditr_train.models.config import InjectionConfig
-from ditr_train.models.occupancy import OccupiedVoxels, occupied_voxels
+from ditr_train.models.hierarchy import Hierarchy, OccupiedSites
+from ditr_train.models.row_norm import RowNorm
 from ditr_train.models.segment_pool import segment_max, segment_sum
-from ditr_train.models.sparse_unet import RowNorm
 
 _PORTION_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
@@ -74,51 +74,51 @@ class Injection(nn.Module):
         if self.missing is not None:
             nn.init.trunc_normal_(self.missing, std=0.02)
 
-    def forward(self, features: FeatureRows, sites: Tensor) -> InjectedTerms:
+    def forward(self, features: FeatureRows, hierarchy: Hierarchy) -> InjectedTerms:
         """What the features of one batch contribute at each place.
 
         Args:
-            features: rows as stored, on the device of the sites; `index` has one entry per site.
-            sites: [N, 4] int32 (batch, and three coordinates), the voxels of resolution 0 in the backbone's order.
+            features: rows as stored, on the device of the points; `index` has one entry per point.
+            hierarchy: of the points.
 
         Raises:
             MismatchError: rows of another VFM dimension than the network was built for.
-            DataError: `index` does not fit the points, or coordinates too large for the voxel keys.
+            DataError: `index` does not fit the points, or the hierarchy cannot hold them.
         """
-        self._check(features, sites)
+        self._check(features, hierarchy)
         seen = features.index >= 0
         if self.training and self.config.feature_drop > 0:
             seen &= torch.rand(len(seen), device=seen.device) >= self.config.feature_drop
         zero_max, flag = self.config.pool == "zero_max", self.config.visibility_flag
-        voxels = occupied_voxels(sites, seen, 1 + max(self.levels.values()), shares=zero_max or flag)
+        occupied = hierarchy.occupied(seen, 1 + max(self.levels.values()), shares=zero_max or flag)
         # Features keep their precision: the projections are a small part of the network's work.
         with torch.autocast(features.table.device.type, enabled=False):
-            return InjectedTerms(self, voxels, self._project(features, voxels), len(sites))
+            return InjectedTerms(self, occupied, self._project(features, occupied), len(seen))
 
-    def _project(self, features: FeatureRows, voxels: OccupiedVoxels) -> dict[str, Tensor]:
+    def _project(self, features: FeatureRows, occupied: OccupiedSites) -> dict[str, Tensor]:
         """Place -> [V_l, channels], its linear map of the pooled features."""
         mean = self.config.pool == "mean"
         reduce = segment_sum if mean else segment_max
         finest = self._places(0)
-        rows = features.index[voxels.points]
-        values, *at_finest = _ProjectAndPool.apply(features, rows, voxels, reduce, *map(self._weight, finest))
+        rows = features.index[occupied.points]
+        values, *at_finest = _ProjectAndPool.apply(features, rows, occupied, reduce, *map(self._weight, finest))
         projected = dict(zip(finest, at_finest, strict=True))
         counts = torch.ones(len(rows), 1, device=rows.device)
-        for level, parent in enumerate(voxels.parents, start=1):
-            size = len(voxels.keys[level])
+        for level, parent in enumerate(occupied.parents, start=1):
+            size = occupied.sizes[level]
             values = values if level == 1 else reduce(values, parent, size)
-            if self.config.pool == "zero_max" and voxels.shares is not None:
-                values.clamp_(min=torch.where(voxels.shares[level] < 1, 0.0, -torch.inf))
+            if self.config.pool == "zero_max" and occupied.shares is not None:
+                values.clamp_(min=torch.where(occupied.shares[level] < 1, 0.0, -torch.inf))
             if mean:
                 counts = segment_sum(counts, parent, size)
             for place in self._places(level):
                 projected[place] = F.linear(values, self._weight(place))
                 if mean:  # of sums so far: dividing their projections instead is the same and less work
                     projected[place] = projected[place] / counts
-        if self.config.visibility_flag and voxels.shares is not None:
+        if self.config.visibility_flag and occupied.shares is not None:
             for place, level in self.levels.items():
                 of_share = self.linears[place].get_parameter("weight")[:, self.feature_dim]
-                projected[place] = projected[place] + voxels.shares[level] * of_share
+                projected[place] = projected[place] + occupied.shares[level] * of_share
         return projected
 
     def term(self, place: str, projected: Tensor, sites: Tensor, num_sites: int) -> Tensor:
@@ -139,27 +139,29 @@ class Injection(nn.Module):
         weight = self.linears[place].get_parameter("weight")
         return weight[:, : self.feature_dim] if self.config.visibility_flag else weight
 
-    def _check(self, features: FeatureRows, sites: Tensor) -> None:
+    def _check(self, features: FeatureRows, hierarchy: Hierarchy) -> None:
         if features.table.shape[1] != self.feature_dim:
             raise MismatchError(
                 f"the network injects VFM features of {self.feature_dim} channels, the batch holds rows of "
                 f"{features.table.shape[1]}; use the cache and the VFM that the network was trained with"
             )
-        if len(features.index) != len(sites):
-            raise DataError(f"{len(sites)} points but {len(features.index)} feature indices; give one per point")
+        if len(features.index) != hierarchy.num_points:
+            raise DataError(
+                f"{hierarchy.num_points} points but {len(features.index)} feature indices; give one per point"
+            )
 
 
 class InjectedTerms:
-    """What one batch's features contribute; `encoder` and `decoder` are the `Terms` that a backbone asks.
+    """What one batch's features contribute; the `Terms` that a backbone asks.
 
     The last layers of a term wait until the backbone asks, because only it knows the order of its sites.
     """
 
     def __init__(
-        self, injection: Injection, voxels: OccupiedVoxels, projected: dict[str, Tensor], num_points: int
+        self, injection: Injection, occupied: OccupiedSites, projected: dict[str, Tensor], num_points: int
     ) -> None:
         self._injection = injection
-        self._voxels = voxels
+        self._occupied = occupied
         self._projected = projected
         self._num_points = num_points
 
@@ -167,14 +169,14 @@ class InjectedTerms:
         """The network input [N, C_in] with the channels of the "input" place appended, if there is one."""
         if "input" not in self._projected:
             return feat
-        return torch.cat([feat, self._term("input", self._voxels.points, self._num_points)], dim=1)
+        return torch.cat([feat, self._term("input", self._occupied.points, self._num_points)], dim=1)
 
     def encoder(self, level: int, sites: Tensor) -> Tensor | None:
         """Term [M_l, channels] float32 of the encoder at a resolution; None where nothing is injected.
 
         Args:
             level: l.
-            sites: [M_l, 4] int32 (batch, and three coordinates in voxels of 2^l cells), in the backbone's order.
+            sites: [M_l, ...] in the backbone's order, as its hierarchy tells them apart.
         """
         return self._at(f"encoder{level}", level, sites)
 
@@ -185,7 +187,7 @@ class InjectedTerms:
     def _at(self, place: str, level: int, sites: Tensor) -> Tensor | None:
         if place not in self._projected:
             return None
-        return self._term(place, self._voxels.places(level, sites), len(sites))
+        return self._term(place, self._occupied.places(level, sites), len(sites))
 
     def _term(self, place: str, sites: Tensor, num_sites: int) -> Tensor:
         projected = self._projected[place]
@@ -213,29 +215,29 @@ class _ProjectAndPool(torch.autograd.Function):
     """Projects the rows of resolution 0 and pools them to resolution 1, in one pass and in portions.
 
     All rows of a batch as float32 would be gigabytes; the backward pass reads the stored rows again instead. Without
-    weights, or with voxels of one resolution, it leaves out the one or the other.
+    weights, or with sites of one resolution, it leaves out the one or the other.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features: FeatureRows, rows: Tensor, voxels: OccupiedVoxels, reduce: Reduce, *weights: Tensor
+        ctx: Any, features: FeatureRows, rows: Tensor, occupied: OccupiedSites, reduce: Reduce, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.features, ctx.rows = features, rows
         projected = [weight.new_empty(len(rows), len(weight)) for weight in weights]
-        pooled = torch.empty(len(voxels.keys[1]) if voxels.parents else 0, features.table.shape[1], device=rows.device)
+        pooled = torch.empty(occupied.sizes[1] if occupied.parents else 0, features.table.shape[1], device=rows.device)
         firsts = torch.arange(0, len(rows), _portion(features.table), device=rows.device)
         segments: list[int] = []
-        if voxels.parents:  # no voxel of resolution 1 is cut in two
-            at_first = voxels.parents[0][firsts].unique_consecutive()
-            firsts = torch.searchsorted(voxels.parents[0], at_first)
+        if occupied.parents:  # no site of resolution 1 is cut in two
+            at_first = occupied.parents[0][firsts].unique_consecutive()
+            firsts = torch.searchsorted(occupied.parents[0], at_first)
             segments = [*at_first.tolist(), len(pooled)]
         for i, (first, last) in enumerate(pairwise([*firsts.tolist(), len(rows)])):
             values = dequantize(features, rows[first:last])
             for weight, out in zip(weights, projected, strict=True):
                 torch.mm(values, weight.T, out=out[first:last])
-            if voxels.parents:
+            if occupied.parents:
                 start, stop = segments[i : i + 2]
-                pooled[start:stop] = reduce(values, voxels.parents[0][first:last] - start, stop - start)
+                pooled[start:stop] = reduce(values, occupied.parents[0][first:last] - start, stop - start)
         ctx.mark_non_differentiable(pooled)
         return pooled, *projected
 

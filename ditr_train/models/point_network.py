@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ditr_cache.errors import DataError, MismatchError
 from ditr_train.data.sample import PointBatch
+from ditr_train.models.backbone import Backbone, NoTerms
 from ditr_train.models.injection import Injection
-from ditr_train.models.sparse_conv import sparse_tensor
-from ditr_train.models.sparse_unet import SparseUNet
 
 
 class PointNetwork(nn.Module):
@@ -21,11 +22,11 @@ class PointNetwork(nn.Module):
         injection: adds VFM features to the backbone's features; None for a network that reads points only.
     """
 
-    def __init__(self, backbone: SparseUNet, out_channels: int, injection: Injection | None = None) -> None:
+    def __init__(self, backbone: Backbone[Any], out_channels: int, injection: Injection | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.injection = injection
-        self.head = nn.Linear(backbone.config.out_channels, out_channels)
+        self.head = nn.Linear(backbone.out_channels, out_channels)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -54,15 +55,8 @@ class PointNetwork(nn.Module):
             unused = torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
             return batch.feat.new_zeros(0, self.head.in_features) + 0.0 * unused
 
-        voxels = sparse_tensor(
-            batch.feat,
-            batch.grid_coord,
-            batch.batch_index(),
-            batch_size=len(batch.offset),
-            num_halvings=self.backbone.config.num_stages,
-        )
+        prepared = self.backbone.prepare(batch)
         if self.injection is None or batch.features is None:
-            return self.backbone.decode(self.backbone.encode(voxels))
-        injected = self.injection(batch.features, voxels.indices)
-        voxels = voxels.replace_feature(injected.input(voxels.features))
-        return self.backbone.decode(self.backbone.encode(voxels, injected.encoder), injected.decoder)
+            return self.backbone(prepared, batch.feat, NoTerms())
+        injected = self.injection(batch.features, prepared.hierarchy)
+        return self.backbone(prepared, injected.input(batch.feat), injected)

@@ -7,37 +7,36 @@ resolution. Facts of the topology: Choy et al. 2019 (MinkowskiNet) and the shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ditr_train.models.config import SparseUNetConfig
-from ditr_train.models.sparse_conv import SparseConv3d, SparseInverseConv3d, SubMConv3d
+from ditr_train.data.sample import PointBatch
+from ditr_train.models.backbone import Backbone, Terms
+from ditr_train.models.grid_hierarchy import GridHierarchy
+from ditr_train.models.row_norm import RowNorm
+from ditr_train.models.sparse_conv import SparseConv3d, SparseInverseConv3d, SparseTensor, SubMConv3d, sparse_tensor
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
 
-Terms = Callable[[int, Tensor], Tensor | None]
-"""What is added to the features of a resolution: (its number l, its sites [M_l, 4] int32 in the features' order: batch
-and three coordinates in voxels of 2^l grid cells) -> [M_l, channels] float32, or None for nothing."""
 
+@dataclass(frozen=True)
+class PreparedVoxels:
+    """Voxels of a batch, before they carry features.
 
-class RowNorm(nn.BatchNorm1d):
-    """Batch norm over rows [N, C] that also takes fewer than two of them, on which it uses its running statistics.
-
-    The coarsest resolution of a small crop may be a single site, of which no variance can be had.
+    Args:
+        voxels: sparse tensor of resolution 0, with the batch's input as features.
+        hierarchy: of the same voxels.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C] -> [N, C]."""
-        if self.training and len(input) < 2:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-            )
-        return super().forward(input)
+    voxels: SparseTensor
+    hierarchy: GridHierarchy
 
 
-class SparseUNet(nn.Module):
+class SparseUNet(Backbone[PreparedVoxels]):
     """Encoder and decoder over sparse voxels.
 
     Args:
@@ -46,11 +45,9 @@ class SparseUNet(nn.Module):
     """
 
     def __init__(self, config: SparseUNetConfig, in_channels: int) -> None:
-        super().__init__()
-        self.config = config
-        self.in_channels = in_channels
+        super().__init__(in_channels, config.out_channels)
         stages = config.num_stages
-        skips = config.skip_channels
+        skips = config.decoder_terms
         self.stem = _ConvNormReLU(
             SubMConv3d(in_channels, config.stem_channels, config.stem_kernel_size, bias=False, indice_key="stem"),
             config,
@@ -75,40 +72,36 @@ class SparseUNet(nn.Module):
             coarse = channels
         self.apply(_initialise)
 
-    def encode(self, voxels: Any, terms: Terms | None = None) -> list[Any]:
-        """Sparse tensors of resolutions 0..num_stages, the skips and the bottleneck.
+    def prepare(self, batch: PointBatch) -> PreparedVoxels:
+        """See `Backbone`."""
+        voxels = sparse_tensor(
+            batch.feat, batch.grid_coord, batch.batch_index(), batch_size=len(batch.offset), num_halvings=len(self.down)
+        )
+        return PreparedVoxels(voxels, GridHierarchy(voxels.indices))
 
-        Args:
-            voxels: sparse tensor of the input.
-            terms: asked once for each of the resolutions; added to the output of the stem or of the strided
-                convolution, before the blocks.
-        """
-        levels = [_plus(self.stem(voxels), 0, terms)]
+    def forward(self, prepared: PreparedVoxels, feat: Tensor, terms: Terms) -> Tensor:
+        """See `Backbone`."""
+        return self._decode(self._encode(prepared.voxels.replace_feature(feat), terms), terms)
+
+    def _encode(self, voxels: SparseTensor, terms: Terms) -> list[SparseTensor]:
+        """Resolutions 0..num_stages, the skips and the bottleneck; terms join before the blocks."""
+        levels = [_plus(self.stem(voxels), terms.encoder(0, voxels.indices))]
         for level, (down, blocks) in enumerate(zip(self.down, self.encoder, strict=True), start=1):
-            levels.append(blocks(_plus(down(levels[-1]), level, terms)))
+            voxels = down(levels[-1])
+            levels.append(blocks(_plus(voxels, terms.encoder(level, voxels.indices))))
         return levels
 
-    def decode(self, levels: Sequence[Any], terms: Terms | None = None) -> Tensor:
-        """Features [N, out_channels] of the input voxels, in their order.
-
-        Args:
-            levels: what `encode` returned.
-            terms: asked once for each of the resolutions num_stages-1..0; added to its skip.
-        """
+    def _decode(self, levels: Sequence[SparseTensor], terms: Terms) -> Tensor:
+        """[N, out_channels] from what `_encode` returned; terms join the skips."""
         voxels = levels[-1]
         for up, blocks, level in zip(self.up, self.decoder, reversed(range(len(self.up))), strict=True):
-            skip = _plus(levels[level], level, terms)
+            skip = _plus(levels[level], terms.decoder(level, levels[level].indices))
             voxels = up(voxels)
             voxels = blocks(voxels.replace_feature(torch.cat([voxels.features, skip.features], dim=1)))
         return voxels.features
 
-    def forward(self, voxels: Any) -> Tensor:
-        """Sparse tensor of N input voxels -> [N, out_channels]."""
-        return self.decode(self.encode(voxels))
 
-
-def _plus(voxels: Any, level: int, terms: Terms | None) -> Any:
-    term = None if terms is None else terms(level, voxels.indices)
+def _plus(voxels: Any, term: Tensor | None) -> Any:
     return voxels if term is None else voxels.replace_feature(voxels.features + term)
 
 

@@ -11,8 +11,10 @@ from ditr_cache.errors import DataError, MismatchError, UsageError
 from ditr_train.data.sample import FeatureRows, PointBatch
 from ditr_train.losses import distillation_loss
 from ditr_train.models import distillation
-from ditr_train.models.config import InjectionConfig, ModelConfig, SparseUNetConfig
-from ditr_train.models.distillation import Distiller, build_distiller
+from ditr_train.models.build import build_distiller
+from ditr_train.models.config import InjectionConfig, ModelConfig
+from ditr_train.models.distillation import Distiller
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
 
 SMALL = SparseUNetConfig(stem_channels=8, stem_kernel_size=3, channels=(8, 16, 16, 8), layers=(1, 1, 1, 1))
 DIM = 24

@@ -13,8 +13,8 @@ from ditr_cache.errors import DataError, MismatchError, UsageError
 from ditr_train.data.sample import FeatureRows
 from ditr_train.models import injection as injection_module
 from ditr_train.models.config import InjectionConfig
+from ditr_train.models.grid_hierarchy import GridHierarchy, morton_keys
 from ditr_train.models.injection import Injection, dequantize
-from ditr_train.models.occupancy import morton_keys
 
 DIM = 6
 SKIPS = (3, 4, 5, 2)
@@ -53,7 +53,7 @@ def make(sites_seed: int = 0, **settings_: object) -> Injection:
 
 def inject(injection: Injection, rows: FeatureRows, sites: list[Tensor]) -> list[Tensor]:
     """The terms of the decoder."""
-    injected = injection(rows, sites[0])
+    injected = injection(rows, GridHierarchy(sites[0]))
     return [term for level, at in enumerate(sites) if (term := injected.decoder(level, at)) is not None]
 
 
@@ -215,9 +215,9 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     sites = make_sites()
     injection = Injection(InjectionConfig(), DIM + 1, SKIPS, ())
     with pytest.raises(MismatchError, match=r"7 channels.*6"):
-        injection(make_rows(len(sites[0])), sites[0])
+        injection(make_rows(len(sites[0])), GridHierarchy(sites[0]))
     with pytest.raises(DataError, match="feature indices"):
-        make()(make_rows(len(sites[0]) - 1), sites[0])
+        make()(make_rows(len(sites[0]) - 1), GridHierarchy(sites[0]))
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,12 @@ from torch.nn import functional as F
 from ditr_cache.errors import UsageError
 from ditr_train.data.sample import FeatureRows, PointBatch
 from ditr_train.models import injection as injection_module
-from ditr_train.models.config import InjectionConfig, ModelConfig, SparseUNetConfig
+from ditr_train.models.build import build_segmentor
+from ditr_train.models.config import InjectionConfig, ModelConfig
+from ditr_train.models.grid_hierarchy import GridHierarchy
 from ditr_train.models.injection import InjectedTerms, Injection, dequantize
-from ditr_train.models.segmentor import Segmentor, build_segmentor
+from ditr_train.models.segmentor import Segmentor
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
 from ditr_train.recipe_files import load_recipe, read_recipe
 
 DIM = 5
@@ -56,7 +59,7 @@ def make(**options: object) -> Injection:
 
 def inject(injection: Injection, rows: FeatureRows, sites: list[Tensor]) -> dict[str, Tensor]:
     """Every term, in the order in which a U-Net asks."""
-    injected: InjectedTerms = injection(rows, sites[0])
+    injected: InjectedTerms = injection(rows, GridHierarchy(sites[0]))
     appended = injected.input(torch.zeros(len(sites[0]), 1, device=rows.table.device))[:, 1:]
     terms = {"input": appended} if appended.shape[1] else {}
     for level, at in enumerate(sites):
@@ -226,7 +229,7 @@ def test_zero_max_clamps_mixed_clusters_and_normalises_unseen_ones() -> None:
         injection = Injection(InjectionConfig(decoder=(0, 1), **options), DIM, (DIM, DIM), ())  # type: ignore[arg-type]
         for linear in injection.linears.values():
             torch.nn.init.eye_(linear.weight)
-        injected = injection.train()(rows, sites[0])
+        injected = injection.train()(rows, GridHierarchy(sites[0]))
         return [injected.decoder(level, at)[:, 0] for level, at in enumerate(sites)]
 
     def normalised(values: list[float]) -> Tensor:

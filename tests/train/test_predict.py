@@ -38,7 +38,7 @@ from ditr_train.checkpoint import save_checkpoint
 from ditr_train.cli import main
 from ditr_train.evaluate import predict_sample
 from ditr_train.inference import Normals
-from ditr_train.models.segmentor import build_segmentor
+from ditr_train.models.build import build_segmentor
 from ditr_train.pointcloud import spill as spill_module
 from ditr_train.pointcloud.progress import PredictProgress
 from ditr_train.predict import predict_inputs

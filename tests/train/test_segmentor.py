@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from ditr_cache.errors import DataError, MismatchError, UsageError
 from ditr_train.data.sample import FeatureRows, PointBatch
-from ditr_train.models.config import InjectionConfig, ModelConfig, SparseUNetConfig
-from ditr_train.models.segmentor import Segmentor, build_segmentor
+from ditr_train.models.build import build_segmentor
+from ditr_train.models.config import InjectionConfig, ModelConfig
+from ditr_train.models.segmentor import Segmentor
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
 
 DIM = 6
 BACKBONE = SparseUNetConfig(

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from unets import unet_rows
 
 from ditr_cache.errors import UsageError
-from ditr_train.models.config import SparseUNetConfig
+from ditr_train.models.backbone import NoTerms
+from ditr_train.models.row_norm import RowNorm
 from ditr_train.models.sparse_conv import sparse_tensor
-from ditr_train.models.sparse_unet import RowNorm, SparseUNet
+from ditr_train.models.sparse_unet import SparseUNet
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
 
 SMALL = SparseUNetConfig(stem_channels=4, channels=(4, 6, 8, 8, 8, 6, 6, 5), layers=(1, 2, 1, 1, 1, 1, 1, 2))
 
@@ -31,7 +35,7 @@ class DenseTwin:
         self.net = net
         self.sites = torch.cat([batch[:, None], grid], dim=1)
         self.masks = []
-        for level in range(net.config.num_stages + 1):
+        for level in range(len(net.down) + 1):
             mask = torch.zeros(int(batch.max()) + 1, *[edge >> level] * 3, dtype=torch.bool)
             mask[tuple(torch.cat([batch[:, None], grid >> level], dim=1).T)] = True
             self.masks.append(mask)
@@ -96,7 +100,7 @@ def test_equals_a_dense_network_with_the_same_weights(train: bool, seed: int) ->
     net.train(train)
     feat = torch.randn(len(grid), 3, generator=torch.Generator().manual_seed(seed)).requires_grad_()
     twin = copy.deepcopy(net)
-    out = net(sparse_tensor(feat, grid, batch, 2, 4))
+    out = unet_rows(net, sparse_tensor(feat, grid, batch, 2, 4))
     expected = DenseTwin(twin, batch, grid, 32)(feat)
     assert out.std() > 0.1
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
@@ -117,59 +121,56 @@ def test_published_shape() -> None:
     assert sum(p.numel() for p in net.parameters()) + head == pytest.approx(39.2e6, rel=2e-3)
     norms = [module for module in net.modules() if isinstance(module, RowNorm)]
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.01)}
-    assert net.config.skip_channels == (32, 32, 64, 128)
+    assert SparseUNetConfig().decoder_terms == (32, 32, 64, 128)
     assert any("block" in name for name, _ in net.named_parameters())
 
 
-def test_decoder_terms_are_added_to_the_skips() -> None:
-    batch, grid = random_voxels(0)
-    net = SparseUNet(SMALL, in_channels=3).eval()
-    levels = net.encode(sparse_tensor(torch.randn(len(grid), 3), grid, batch, 2, 4))
-    assert [level.features.shape[1] for level in levels[:-1]] == list(SMALL.skip_channels)
-    terms = [torch.randn_like(level.features) for level in levels[:-1]]
-    asked = []
-
-    def term(level: int, sites: torch.Tensor) -> torch.Tensor | None:
-        asked.append(level)
-        assert torch.equal(sites, levels[level].indices)
-        return None if level == 2 else terms[level]
-
-    added = [t if i == 2 else t.replace_feature(t.features + terms[i]) for i, t in enumerate(levels[:-1])]
-    torch.testing.assert_close(net.decode(levels, term), net.decode([*added, levels[-1]]))
-    assert asked == [3, 2, 1, 0]
-    assert torch.equal(net.decode(levels, lambda level, sites: None), net.decode(levels))
-
-
-def test_encoder_terms_are_added_before_the_blocks() -> None:
+@pytest.mark.parametrize("place", ["encoder", "decoder"])
+def test_terms_are_added_to_the_output_of_the_convolutions_or_to_the_skips(place: str) -> None:
     batch, grid = random_voxels(0)
     net = SparseUNet(SMALL, in_channels=3).eval()
     distinct_weights(net)
     voxels = sparse_tensor(torch.randn(len(grid), 3), grid, batch, 2, 4)
-    terms: dict[int, torch.Tensor] = {}
 
-    def term(level: int, sites: torch.Tensor) -> torch.Tensor | None:
-        channels = SMALL.encoder_channels[level]
-        terms[level] = torch.randn(len(sites), channels, generator=torch.Generator().manual_seed(level))
-        return None if level == 1 else terms[level]
+    class Random(NoTerms):
+        def __init__(self) -> None:
+            self.given: dict[int, torch.Tensor] = {}
+            self.sites: dict[int, torch.Tensor] = {}
 
-    levels = net.encode(voxels, term)
-    assert list(terms) == [0, 1, 2, 3, 4]
-    x = net.stem(voxels)
-    x = x.replace_feature(x.features + terms[0])
-    torch.testing.assert_close(levels[0].features, x.features)
+        def term(self, level: int, sites: torch.Tensor) -> torch.Tensor | None:
+            assert level not in self.given
+            channels = (SMALL.encoder_terms if place == "encoder" else SMALL.decoder_terms)[level]
+            self.given[level] = torch.randn(len(sites), channels, generator=torch.Generator().manual_seed(level))
+            self.sites[level] = sites
+            return None if level == 1 else self.given[level]
+
+    terms = Random()
+    setattr(terms, place, terms.term)
+    rows = unet_rows(net, voxels, terms)
+    assert list(terms.given) == ([0, 1, 2, 3, 4] if place == "encoder" else [3, 2, 1, 0])
+
+    def plus(x: Any, level: int, here: str) -> Any:
+        if here == place:
+            assert torch.equal(terms.sites[level], x.indices)
+        return x.replace_feature(x.features + terms.given[level]) if here == place and level != 1 else x
+
+    levels = [plus(net.stem(voxels), 0, "encoder")]
     for level, (down, blocks) in enumerate(zip(net.down, net.encoder, strict=True), start=1):
-        x = down(x)
-        x = blocks(x if level == 1 else x.replace_feature(x.features + terms[level]))
-        torch.testing.assert_close(levels[level].features, x.features)
-    plain = net.encode(voxels)
-    assert torch.equal(plain[0].features, net.stem(voxels).features)
-    assert not torch.allclose(levels[4].features, plain[4].features)
+        levels.append(blocks(plus(down(levels[-1]), level, "encoder")))
+    x = levels.pop()
+    for up, blocks, level in zip(net.up, net.decoder, [3, 2, 1, 0], strict=True):
+        skip = plus(levels[level], level, "decoder")
+        up_x = up(x)
+        x = blocks(up_x.replace_feature(torch.cat([up_x.features, skip.features], dim=1)))
+    torch.testing.assert_close(rows, x.features)
+    assert not torch.allclose(rows, unet_rows(net, voxels), atol=1e-2)
 
 
 def test_other_depths() -> None:
     batch, grid = random_voxels(0)
     config = SparseUNetConfig(stem_channels=4, stem_kernel_size=3, channels=(5, 6), layers=(1, 1))
-    assert SparseUNet(config, 3)(sparse_tensor(torch.randn(len(grid), 3), grid, batch, 2, 1)).shape == (len(grid), 6)
+    voxels = sparse_tensor(torch.randn(len(grid), 3), grid, batch, 2, 1)
+    assert unet_rows(SparseUNet(config, 3), voxels).shape == (len(grid), 6)
 
 
 def test_row_norm_takes_one_row_and_none() -> None:

@@ -9,13 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from unets import unet_rows
 
 from ditr_cache.errors import DataError
 from ditr_train.models import sparse_conv
-from ditr_train.models.config import SparseUNetConfig
+from ditr_train.models.backbone import NoTerms
 from ditr_train.models.index_pairs import strided_pairs, submanifold_pairs
 from ditr_train.models.sparse_conv import SparseConv3d, SparseInverseConv3d, SubMConv3d, sparse_tensor
 from ditr_train.models.sparse_unet import SparseUNet
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
 
 SMALL = SparseUNetConfig(stem_channels=4, channels=(4, 6, 8, 8, 8, 6, 6, 5), layers=(1, 2, 1, 1, 1, 1, 1, 2))
 CELL = 1 << SMALL.num_stages
@@ -42,7 +44,7 @@ def clusters(corners: list[tuple[int, int, int]], *, samples: bool = False) -> t
 def results(net: SparseUNet, batch: Tensor, grid: Tensor) -> list[Tensor]:
     """Output rows, and the gradients of the input and of every parameter."""
     feat = torch.randn(len(grid), 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    rows = net(sparse_tensor(feat, grid, batch, int(batch.max()) + 1, SMALL.num_stages))
+    rows = unet_rows(net, sparse_tensor(feat, grid, batch, int(batch.max()) + 1, SMALL.num_stages))
     weights = torch.randn(rows.shape, generator=torch.Generator().manual_seed(2))
     return [rows.detach(), *torch.autograd.grad((rows * weights).sum(), [feat, *net.parameters()])]
 
@@ -78,10 +80,10 @@ def test_a_cluster_gives_what_it_gives_alone() -> None:
     batch, grid = clusters(FAR["y"])
     feat = torch.randn(len(grid), 3, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        rows = net(sparse_tensor(feat, grid, batch, 1, SMALL.num_stages))
+        rows = unet_rows(net, sparse_tensor(feat, grid, batch, 1, SMALL.num_stages))
         for corner in torch.tensor(FAR["y"]):
             own = ((grid >= corner) & (grid < corner + CELL)).all(dim=1)
-            alone = net(sparse_tensor(feat[own], grid[own] - corner, batch[own], 1, SMALL.num_stages))
+            alone = unet_rows(net, sparse_tensor(feat[own], grid[own] - corner, batch[own], 1, SMALL.num_stages))
             torch.testing.assert_close(rows[own], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -171,9 +173,13 @@ def test_sites_of_every_resolution_keep_their_coordinates() -> None:
     corners = FAR["2^48"]
     batch, grid = clusters(corners)
     voxels = sparse_tensor(torch.ones(len(grid), 3), grid, batch, 1, SMALL.num_stages)
-    for level, tensor in enumerate(network(False).encode(voxels)):
+    found: dict[int, Tensor] = {}
+    terms = NoTerms()
+    terms.encoder = lambda level, sites: found.update({level: sites.long()})  # type: ignore[method-assign]
+    unet_rows(network(False), voxels, terms)
+    for level in range(SMALL.num_stages + 1):
         expected = torch.cat([batch[:, None], grid >> level], dim=1).unique(dim=0)
-        assert torch.equal(tensor.indices.long().unique(dim=0), expected) and len(tensor.indices) == len(expected)
+        assert torch.equal(found[level].unique(dim=0), expected) and len(found[level]) == len(expected)
 
 
 def test_the_largest_volumes_work_and_larger_ones_are_refused() -> None:
@@ -200,6 +206,6 @@ def test_gpu_keeps_clusters_apart(corners: list[tuple[int, int, int]]) -> None:
     batch, grid = clusters(corners)
     feat = torch.randn(len(grid), 3, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = net(sparse_tensor(feat, grid, batch, 1, SMALL.num_stages))
-        rows = net.cuda()(sparse_tensor(feat.cuda(), grid.cuda(), batch.cuda(), 1, SMALL.num_stages))
+        expected = unet_rows(net, sparse_tensor(feat, grid, batch, 1, SMALL.num_stages))
+        rows = unet_rows(net.cuda(), sparse_tensor(feat.cuda(), grid.cuda(), batch.cuda(), 1, SMALL.num_stages))
     torch.testing.assert_close(rows.cpu(), expected, atol=1e-3, rtol=1e-3)

@@ -22,7 +22,8 @@ from ditr_cache.store import open_cache
 from ditr_train.checkpoint import load_checkpoint
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.data.loader import collate
-from ditr_train.models.distillation import Distiller, build_distiller
+from ditr_train.models.build import build_distiller
+from ditr_train.models.distillation import Distiller
 from ditr_train.run_folder import RunFolder
 from ditr_train.tracking import read_metrics
 from ditr_train.trained import load_run

@@ -17,8 +17,9 @@ from ditr_cache.store import open_cache
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.data.loader import BatchLoader, TrainBatches, TrainPlan
 from ditr_train.data.transforms import build_transform
-from ditr_train.models.config import InjectionConfig, ModelConfig, SparseUNetConfig
-from ditr_train.models.segmentor import build_segmentor
+from ditr_train.models.build import build_segmentor
+from ditr_train.models.config import InjectionConfig, ModelConfig
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
 from ditr_train.recipe import parse_recipe
 
 Make = Callable[..., Path]

@@ -1,4 +1,4 @@
-"""Voxels that hold VFM features, at every resolution, found from the voxels of resolution 0 alone.
+"""`GridHierarchy`: nested voxels, found from the voxels of resolution 0 alone.
 
 Morton keys are sorted once: the key of a coarser voxel is the finer one's without its last three bits, so that the
 children of a voxel stay neighbours at every resolution.
@@ -6,12 +6,11 @@ children of a voxel stay neighbours at every resolution.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ditr_cache.errors import DataError
+from ditr_train.models.hierarchy import OccupiedSites
 
 _AXIS_BITS = 16
 _MAX_SAMPLES = 1 << (63 - 3 * _AXIS_BITS)
@@ -19,56 +18,41 @@ _MAX_SAMPLES = 1 << (63 - 3 * _AXIS_BITS)
 _SPREAD = ((16, 0xFF0000FF), (8, 0xF00F00F00F), (4, 0xC30C30C30C3), (2, 0x249249249249))
 
 
-@dataclass(frozen=True)
-class OccupiedVoxels:
-    """Voxels that hold at least one seen point: V_l at resolution l = 0, 1, ..., in Morton order.
-
-    Args:
-        points: [V_0] the seen points.
-        keys: for each resolution [V_l] int64 Morton keys.
-        parents: for each resolution but the last [V_l], the places of the enclosing voxels in the next.
-        shares: for each resolution [V_l, 1] float32 in (0, 1], the part of a voxel's points that is seen; None where
-            it was not asked for.
-    """
-
-    points: Tensor
-    keys: list[Tensor]
-    parents: list[Tensor]
-    shares: list[Tensor] | None
-
-    def places(self, level: int, sites: Tensor) -> Tensor:
-        """[V_l] the places of these voxels among the sites [M_l, 4] of their resolution, which hold them all."""
-        if level == 0:
-            return self.points
-        site_keys, order = morton_keys(sites, level).sort()
-        return order[torch.searchsorted(site_keys, self.keys[level])]
-
-
-@torch.no_grad()
-def occupied_voxels(sites: Tensor, seen: Tensor, num_levels: int, *, shares: bool = False) -> OccupiedVoxels:
-    """The voxels that hold seen points.
+class GridHierarchy:
+    """Sites that are voxels: those of resolution l are the unique `grid_coord >> l`.
 
     Args:
         sites: [N, 4] integer (batch, and three coordinates), one unique voxel of resolution 0 per point.
-        seen: [N] bool.
-        num_levels: resolutions wanted, at least 1.
-        shares: also find which part of each voxel's points is seen.
-
-    Raises:
-        DataError: coordinates too large for the voxel keys.
     """
-    points = seen.nonzero().squeeze(1)
-    finest, order = morton_keys(sites[points]).sort()
-    keys, parents = [finest], []
-    for _ in range(1, num_levels):
-        coarser, parent = torch.unique_consecutive(keys[-1] >> 3, return_inverse=True)
-        keys.append(coarser)
-        parents.append(parent)
-    found = None
-    if shares:
-        everything = morton_keys(sites).sort().values
-        found = [_inside(finest, k, level) / _inside(everything, k, level) for level, k in enumerate(keys)]
-    return OccupiedVoxels(points[order], keys, parents, found)
+
+    def __init__(self, sites: Tensor) -> None:
+        self.sites = sites
+
+    @property
+    def num_points(self) -> int:
+        """See `Hierarchy`."""
+        return len(self.sites)
+
+    @torch.no_grad()
+    def occupied(self, seen: Tensor, num_levels: int, *, shares: bool = False) -> OccupiedSites:
+        """See `Hierarchy`. Raises `DataError` for coordinates too large for the voxel keys."""
+        points = seen.nonzero().squeeze(1)
+        finest, order = morton_keys(self.sites[points]).sort()
+        keys, parents = [finest], []
+        for _ in range(1, num_levels):
+            coarser, parent = torch.unique_consecutive(keys[-1] >> 3, return_inverse=True)
+            keys.append(coarser)
+            parents.append(parent)
+        found = None
+        if shares:
+            everything = morton_keys(self.sites).sort().values
+            found = [_inside(finest, k, level) / _inside(everything, k, level) for level, k in enumerate(keys)]
+
+        def find(level: int, sites: Tensor) -> Tensor:
+            site_keys, order = morton_keys(sites, level).sort()
+            return order[torch.searchsorted(site_keys, keys[level])]
+
+        return OccupiedSites(points[order], parents, [len(k) for k in keys], found, find)
 
 
 def _inside(finest: Tensor, keys: Tensor, level: int) -> Tensor:
