@@ -27,8 +27,8 @@ from ditr_train.recipe import Recipe, differing_keys
 from ditr_train.recipe_files import read_recipe
 
 FREE_KEYS = (
-    "cache", "sources.cache", "description", "data.workers", "evaluation", "tracking", "training.checkpoint_every",
-    "training.log_every",
+    "cache", "sources.cache", "description", "published", "data.workers", "evaluation", "tracking",
+    "training.checkpoint_every", "training.log_every",
 )  # fmt: skip
 """Recipe keys and sections that may differ between a run and its continuation: none of them changes a weight."""
 
@@ -261,7 +261,7 @@ def _plain(spec: VFMSpec) -> dict[str, Any]:
 
 
 def _library_versions() -> dict[str, str]:
-    names = ("torch", "numpy", "zarr", "spconv-cu120", "spconv-cu126", "torch-scatter")
+    names = ("torch", "numpy", "zarr", "spconv-cu120", "spconv-cu126", "spconv-triton", "torch-scatter")
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -17,7 +17,8 @@ SOLE_IMPORTERS = {
     "numcodecs": {"ditr_cache/store.py"},
     "dask": {"ditr_cache/executors.py"},
     "distributed": {"ditr_cache/executors.py"},
-    "spconv": {"ditr_train/models/sparse_conv.py"},
+    "spconv": {"ditr_train/models/sparse_backend.py"},
+    "spconv_triton": {"ditr_train/models/sparse_backend.py"},
     "torch_scatter": {"ditr_train/models/segment_pool.py"},
     "timm": {"ditr_cache/vfm.py", "ditr_cache/weights.py"},
 }

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditr_cache.errors import UsageError
-from ditr_train.models import sparse_conv
+from ditr_cache.errors import UnknownNameError, UsageError
+from ditr_train.models import sparse_backend
 from ditr_train.models.sparse_conv import SparseConv3d, SparseInverseConv3d, SubMConv3d, sparse_tensor
 
+ROOT = Path(__file__).parents[2]
 SHAPE = (16, 16, 16)
 
 
@@ -98,10 +101,10 @@ def test_sites_of_every_level_are_the_shifted_grid_coordinates(grid: list[tuple[
 def test_algorithm_follows_the_device_and_the_weights_stay() -> None:
     conv = SubMConv3d(2, 2, 3, bias=False)
     before = {name: value.clone() for name, value in conv.state_dict().items()}
-    assert conv.gpu_algo != sparse_conv.ConvAlgo.Native or sparse_conv.CPU_ONLY_BUILD
+    assert conv.gpu_algo != sparse_backend.ConvAlgo.Native or sparse_backend.CPU_ONLY
     batch, grid = random_sites()
     conv(sparse_tensor(torch.ones(len(grid), 2), grid, batch, 2, 0))
-    assert conv.algo == sparse_conv.ConvAlgo.Native
+    assert conv.algo == sparse_backend.ConvAlgo.Native
     assert conv.gpu_algo == SubMConv3d(2, 2, 3, bias=False).algo
     assert {name: torch.equal(before[name], value) for name, value in conv.state_dict().items()} == {"weight": True}
     assert copy.deepcopy(conv).gpu_algo == conv.gpu_algo
@@ -153,7 +156,7 @@ def test_weights_of_another_type_are_refused(dtype: torch.dtype) -> None:
     ids=["uint32", "int32 strided", "float32"],
 )
 def test_torch_backed_tensorview_keeps_values_and_type(array: np.ndarray) -> None:
-    tensor = sparse_conv.tensorview_from_numpy(array)  # owns the memory of the view
+    tensor = sparse_backend.tensorview_from_numpy(array)  # owns the memory of the view
     copied = tensor.numpy_view()
     assert copied.dtype == array.dtype
     np.testing.assert_array_equal(copied, array)
@@ -161,18 +164,61 @@ def test_torch_backed_tensorview_keeps_values_and_type(array: np.ndarray) -> Non
 
 def test_old_cumm_reads_numpy_2_through_torch() -> None:
     import cumm
+    import cumm.tensorview
 
     old = tuple(int(part) for part in cumm.__version__.split(".")[:2]) < (0, 5)
-    replaced = sparse_conv.tensorview.from_numpy is sparse_conv.tensorview_from_numpy
+    replaced = cumm.tensorview.from_numpy is sparse_backend.tensorview_from_numpy
     assert replaced == (old and np.lib.NumpyVersion(np.__version__) >= "2.0.0")
 
 
-def test_missing_spconv_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_library_the_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "spconv.pytorch", None)
-    spec = importlib.util.spec_from_file_location("sparse_conv_without_spconv", sparse_conv.__file__)
+    spec = importlib.util.spec_from_file_location("sparse_backend_without_spconv", sparse_backend.__file__)
     assert spec is not None and spec.loader is not None
-    with pytest.raises(UsageError, match=r"cu120.*cu126"):
+    with pytest.raises(UsageError, match=r"cu120.*cu126.*triton"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    monkeypatch.setenv("DITR_SPARSE_BACKEND", "spconv-triton")
+    with pytest.raises(UnknownNameError, match="spconv_triton"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_backend_that_is_asked_for_computes(tmp_path: Path) -> None:
+    """A stand-in: the library itself needs a GPU to be imported."""
+    package = tmp_path / "spconv_triton"
+    (package / "pytorch").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "core.py").write_text("class ConvAlgo: Native, Gemm = 0, 1\n")
+    (package / "pytorch" / "ops.py").touch()
+    (package / "pytorch" / "__init__.py").write_text(
+        "import torch\n"
+        "class SparseConvTensor:\n"
+        "    def __init__(self, features, *rest): self.features, self.rest = features, rest\n"
+        "    def replace_feature(self, features): return SparseConvTensor(features, *self.rest)\n"
+        "class SubMConv3d(torch.nn.Module):\n"
+        "    def __init__(self, *args, **kwargs):\n"
+        "        super().__init__()\n"
+        "        self.algo, self.name, self.bias, self.weight = 1, None, None, torch.nn.Parameter(torch.ones(1))\n"
+        "    def _conv_forward(self, training, x, weight, bias, add_input=None, name=None):\n"
+        "        return x.replace_feature(x.features + 41)\n"
+        "SparseConv3d = SparseInverseConv3d = SubMConv3d\n"
+    )
+    program = (
+        "import torch\n"
+        "from ditr_train.models import sparse_backend, sparse_conv\n"
+        "z = torch.zeros(1, 3).int()\n"
+        "voxels = sparse_conv.sparse_tensor(torch.ones(1, 1), z, z[:, 0], 1, 0)\n"
+        "try: sparse_conv.SubMConv3d(1, 1, 3)(voxels)\n"
+        "except Exception as error: print(error)\n"
+        "sparse_conv.RUNS_ON_CPU = True\n"
+        "print(sparse_backend.BACKEND, sparse_conv.SubMConv3d(1, 1, 3)(voxels).features.item())\n"
+    )
+    environment = os.environ | {"DITR_SPARSE_BACKEND": "spconv_triton", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    refusal, computed = done.stdout.splitlines()
+    assert "spconv_triton computes on a GPU only" in refusal and "cu126" in refusal
+    assert computed == "spconv_triton 42.0"
 
 
 def test_import_and_use_are_quiet() -> None:

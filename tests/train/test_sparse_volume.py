@@ -12,7 +12,7 @@ from torch import Tensor
 from unets import unet_rows
 
 from ditr_cache.errors import DataError
-from ditr_train.models import sparse_conv
+from ditr_train.models import sparse_backend
 from ditr_train.models.backbone import NoTerms
 from ditr_train.models.index_pairs import strided_pairs, submanifold_pairs
 from ditr_train.models.sparse_conv import SparseConv3d, SparseInverseConv3d, SubMConv3d, sparse_tensor
@@ -115,21 +115,21 @@ def test_pairs_are_those_of_spconv_on_small_volumes(
 ) -> None:
     indices, shape = torch.tensor(sites, dtype=torch.int32), list(edges)
     options = [[value] * 3 for value in (kernel, stride, padding, dilation)]
-    theirs = sparse_conv.spconv_ops.get_indice_pairs(
-        indices, 3, shape, sparse_conv.ConvAlgo.Native, *options, [0] * 3, subm, False
+    theirs = sparse_backend.ops.get_indice_pairs(
+        indices, 3, shape, sparse_backend.ConvAlgo.Native, *options, [0] * 3, subm, False
     )
     if subm:
         ours = submanifold_pairs(indices, shape, [kernel] * 3, [dilation] * 3)
     else:
-        ours = strided_pairs(indices, sparse_conv.spconv_ops.get_conv_output_size(shape, *options), *options)
+        ours = strided_pairs(indices, sparse_backend.ops.get_conv_output_size(shape, *options), *options)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype and a.is_contiguous() and torch.equal(a, b)
 
 
 def test_network_is_the_same_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = results(network(True), *clusters(NEAR, samples=True))
-    monkeypatch.setattr(sparse_conv, "_SPCONV_CPU_VOXELS", 0)
-    monkeypatch.setattr(sparse_conv, "submanifold_pairs", search := Mock(wraps=submanifold_pairs))
+    monkeypatch.setattr(sparse_backend, "_SPCONV_CPU_VOXELS", 0)
+    monkeypatch.setattr(sparse_backend, "submanifold_pairs", search := Mock(wraps=submanifold_pairs))
     assert all(map(torch.equal, results(network(True), *clusters(NEAR, samples=True)), expected))
     assert search.call_count == SMALL.num_stages + 2  # one search for each resolution and one for the stem
 
