@@ -29,6 +29,8 @@ from ditr_train.models.row_norm import RowNorm
 from ditr_train.models.segment_pool import segment_max, segment_sum
 
 _PORTION_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+# Reading a row of the table costs about as much as mapping it to so many channels; measured on a CPU.
+_CHANNELS_PER_GATHER = 48
 
 Reduce = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -97,15 +99,46 @@ class Injection(nn.Module):
 
     def _project(self, features: FeatureRows, occupied: OccupiedSites) -> dict[str, Tensor]:
         """Place -> [V_l, channels], its linear map of the pooled features."""
+        first = self._projects_first(len(features.table), occupied.sizes[0])
+        projected = (self._project_then_pool if first else self._pool_then_project)(features, occupied)
+        if self.config.visibility_flag and occupied.shares is not None:
+            for place, level in self.levels.items():
+                of_share = self.linears[place].get_parameter("weight")[:, self.feature_dim]
+                projected[place] = projected[place] + occupied.shares[level] * of_share
+        return projected
+
+    def _projects_first(self, num_rows: int, num_points: int) -> bool:
+        """Whether to map the rows before points gather them: the same mean, and less work where points share rows."""
+        if self.config.pool != "mean":
+            return False
+        channels = {place: linear.get_parameter("weight").shape[0] for place, linear in self.linears.items()}
+        at_finest = sum(channels[place] for place in self._places(0))
+        return num_rows * sum(channels.values()) < num_points * (at_finest + _CHANNELS_PER_GATHER)
+
+    def _project_then_pool(self, features: FeatureRows, occupied: OccupiedSites) -> dict[str, Tensor]:
+        every = torch.arange(len(features.table), device=features.table.device)
+        _, *of_rows = _ProjectAndPool.apply(features, every, None, 0, segment_sum, *map(self._weight, self.levels))
+        rows = features.index[occupied.points]
+        own, projected = torch.arange(len(rows), device=rows.device), {}
+        for level, size in enumerate(occupied.sizes):
+            own = occupied.parents[level - 1][own] if level else own
+            count = torch.bincount(own, minlength=size)[:, None]
+            for place, values in zip(self.levels, of_rows, strict=True):
+                if self.levels[place] == level:
+                    values = values.index_select(0, rows)
+                    projected[place] = segment_sum(values, own, size) / count if level else values
+        return projected
+
+    def _pool_then_project(self, features: FeatureRows, occupied: OccupiedSites) -> dict[str, Tensor]:
         mean = self.config.pool == "mean"
         reduce = segment_sum if mean else segment_max
         finest = self._places(0)
         rows = features.index[occupied.points]
-        values, *at_finest = _ProjectAndPool.apply(features, rows, occupied, reduce, *map(self._weight, finest))
+        parent, size = (occupied.parents[0], occupied.sizes[1]) if occupied.parents else (None, 0)
+        values, *at_finest = _ProjectAndPool.apply(features, rows, parent, size, reduce, *map(self._weight, finest))
         projected = dict(zip(finest, at_finest, strict=True))
         counts = torch.ones(len(rows), 1, device=rows.device)
-        for level, parent in enumerate(occupied.parents, start=1):
-            size = occupied.sizes[level]
+        for level, (parent, size) in enumerate(zip(occupied.parents, occupied.sizes[1:], strict=True), start=1):
             values = values if level == 1 else reduce(values, parent, size)
             if self.config.pool == "zero_max" and occupied.shares is not None:
                 values.clamp_(min=torch.where(occupied.shares[level] < 1, 0.0, -torch.inf))
@@ -115,10 +148,6 @@ class Injection(nn.Module):
                 projected[place] = F.linear(values, self._weight(place))
                 if mean:  # of sums so far: dividing their projections instead is the same and less work
                     projected[place] = projected[place] / counts
-        if self.config.visibility_flag and occupied.shares is not None:
-            for place, level in self.levels.items():
-                of_share = self.linears[place].get_parameter("weight")[:, self.feature_dim]
-                projected[place] = projected[place] + occupied.shares[level] * of_share
         return projected
 
     def term(self, place: str, projected: Tensor, sites: Tensor, num_sites: int) -> Tensor:
@@ -212,32 +241,39 @@ def dequantize(features: FeatureRows, rows: Tensor) -> Tensor:
 
 
 class _ProjectAndPool(torch.autograd.Function):
-    """Projects the rows of resolution 0 and pools them to resolution 1, in one pass and in portions.
+    """Projects rows of resolution 0 and pools them to resolution 1, in one pass and in portions.
 
     All rows of a batch as float32 would be gigabytes; the backward pass reads the stored rows again instead. Without
-    weights, or with sites of one resolution, it leaves out the one or the other.
+    weights, or without `parent`, the ascending place [V] of each row among `size` sites of resolution 1, it leaves out
+    the one or the other.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features: FeatureRows, rows: Tensor, occupied: OccupiedSites, reduce: Reduce, *weights: Tensor
+        ctx: Any,
+        features: FeatureRows,
+        rows: Tensor,
+        parent: Tensor | None,
+        size: int,
+        reduce: Reduce,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.features, ctx.rows = features, rows
         projected = [weight.new_empty(len(rows), len(weight)) for weight in weights]
-        pooled = torch.empty(occupied.sizes[1] if occupied.parents else 0, features.table.shape[1], device=rows.device)
+        pooled = torch.empty(size, features.table.shape[1], device=rows.device)
         firsts = torch.arange(0, len(rows), _portion(features.table), device=rows.device)
         segments: list[int] = []
-        if occupied.parents:  # no site of resolution 1 is cut in two
-            at_first = occupied.parents[0][firsts].unique_consecutive()
-            firsts = torch.searchsorted(occupied.parents[0], at_first)
-            segments = [*at_first.tolist(), len(pooled)]
+        if parent is not None:  # no site of resolution 1 is cut in two
+            at_first = parent[firsts].unique_consecutive()
+            firsts = torch.searchsorted(parent, at_first)
+            segments = [*at_first.tolist(), size]
         for i, (first, last) in enumerate(pairwise([*firsts.tolist(), len(rows)])):
             values = dequantize(features, rows[first:last])
             for weight, out in zip(weights, projected, strict=True):
                 torch.mm(values, weight.T, out=out[first:last])
-            if occupied.parents:
+            if parent is not None:
                 start, stop = segments[i : i + 2]
-                pooled[start:stop] = reduce(values, occupied.parents[0][first:last] - start, stop - start)
+                pooled[start:stop] = reduce(values, parent[first:last] - start, stop - start)
         ctx.mark_non_differentiable(pooled)
         return pooled, *projected
 
@@ -250,7 +286,7 @@ class _ProjectAndPool(torch.autograd.Function):
             values = dequantize(ctx.features, rows)
             for grad, grad_weight in zip(grads, grad_weights, strict=True):
                 grad_weight.addmm_(grad[i * portion :][: len(rows)].T, values)
-        return None, None, None, None, *grad_weights
+        return None, None, None, None, None, *grad_weights
 
 
 def _portion(table: Tensor) -> int:

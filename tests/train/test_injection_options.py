@@ -312,6 +312,7 @@ def test_levels_without_injection_cost_nothing(
     sites = random_sites(0)
     rows = random_rows(len(sites[0]))
     injection = make(**options)
+    monkeypatch.setattr(Injection, "_projects_first", lambda *_: False)
     monkeypatch.setattr(injection_module, "segment_sum", counted(injection_module.segment_sum, "sum"))
     monkeypatch.setattr(torch, "mm", counted(torch.mm, "projection"))
     monkeypatch.setattr(F, "linear", counted(F.linear, "projection"))
@@ -328,11 +329,36 @@ def test_rows_become_float_in_portions_only(monkeypatch: pytest.MonkeyPatch) -> 
         return dequantize(features, rows)
 
     monkeypatch.setattr(injection_module, "dequantize", measured)
+    monkeypatch.setattr(Injection, "_projects_first", lambda *_: False)
     sites = random_sites(0)
     rows = random_rows(len(sites[0]))
     sum(term.sum() for term in inject(make(**EVERYWHERE), rows, sites).values()).backward()  # type: ignore[union-attr]
     # Once forward and once backward, whatever the number of places; a portion ends where a voxel of eight does.
     assert sum(sizes) == 2 * int((rows.index >= 0).sum()) and max(sizes) <= 10 + 8
+
+
+@pytest.mark.parametrize("options", [{}, EVERYWHERE, {"missing_embedding": True}, {"decoder": (), "encoder": (3,)}])
+@pytest.mark.parametrize("coverage", [0.0, 0.6])
+def test_rows_may_be_projected_before_or_after_they_are_pooled(
+    options: dict, coverage: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = random_sites(0)
+    rows = random_rows(len(sites[0]), coverage=coverage)
+    found = []
+    for first in (True, False):
+        monkeypatch.setattr(Injection, "_projects_first", lambda *_, first=first: first)
+        injection = make(**options).train()
+        terms = inject(injection, rows, sites)
+        sum((i + 1) * term.square().sum() for i, term in enumerate(terms.values())).backward()  # type: ignore[union-attr]
+        found.append([*terms.values(), *(p.grad for p in injection.parameters()), *injection.buffers()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+def test_rows_are_projected_first_where_many_points_share_them() -> None:
+    injection = Injection(InjectionConfig(), DIM, (32, 64), ())
+    assert injection._projects_first(10, 1000) and not injection._projects_first(1000, 1000)
+    assert not make(decoder=(0, 1), pool="max")._projects_first(10, 1000)  # a maximum is not linear
 
 
 # ----------------------------------------------------------------------------------------------------------------------
