@@ -9,8 +9,9 @@ from ditr_train.models.backbone import Backbone
 from ditr_train.models.config import BackboneConfig, ModelConfig
 from ditr_train.models.distillation import Distiller
 from ditr_train.models.injection import Injection
+from ditr_train.models.pointnext_config import PointNeXtConfig
+from ditr_train.models.ptv3_config import PTv3Config
 from ditr_train.models.segmentor import Segmentor
-from ditr_train.models.sparse_unet_config import SparseUNetConfig
 
 
 def build_backbone(config: BackboneConfig, in_channels: int) -> Backbone[Any]:
@@ -21,11 +22,17 @@ def build_backbone(config: BackboneConfig, in_channels: int) -> Backbone[Any]:
         in_channels: channels of the points.
     """
     # Imported here: not every backbone needs spconv.
-    if isinstance(config, SparseUNetConfig):
-        from ditr_train.models.sparse_unet import SparseUNet
+    if isinstance(config, PointNeXtConfig):
+        from ditr_train.models.pointnext import PointNeXt
 
-        return SparseUNet(config, in_channels)
-    raise AssertionError(config)
+        return PointNeXt(config, in_channels)
+    if isinstance(config, PTv3Config):
+        from ditr_train.models.ptv3 import PointTransformerV3
+
+        return PointTransformerV3(config, in_channels)
+    from ditr_train.models.sparse_unet import SparseUNet
+
+    return SparseUNet(config, in_channels)
 
 
 def build_segmentor(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import SkipValidation
+from pydantic import Discriminator, SkipValidation, Tag
 
 from ditr_cache.errors import UsageError
+from ditr_train.models.pointnext_config import PointNeXtConfig
+from ditr_train.models.ptv3_config import PTv3Config
 from ditr_train.models.sparse_unet_config import SparseUNetConfig
 
 
@@ -88,8 +91,25 @@ def _resolutions(place: str, values: Any, otherwise: str = "") -> tuple[int, ...
     return tuple(sorted(values))
 
 
-BackboneConfig = SparseUNetConfig
-"""Settings of a backbone, whichever; `name` in a recipe says of which one."""
+DEFAULT_BACKBONE = "sparse_unet"
+
+
+def backbone_name(value: Any) -> str:
+    """Which backbone settings are for: plain values with a `name`, or a config."""
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return DEFAULT_BACKBONE if name is None else str(name)
+
+
+BackboneConfig = Annotated[
+    Annotated[SparseUNetConfig, Tag("sparse_unet")]
+    | Annotated[PTv3Config, Tag("ptv3")]
+    | Annotated[PointNeXtConfig, Tag("pointnext")],
+    Discriminator(backbone_name),
+]
+"""Settings of a backbone, whichever; `name` says of which one."""
+
+BACKBONES: dict[str, type] = {"sparse_unet": SparseUNetConfig, "ptv3": PTv3Config, "pointnext": PointNeXtConfig}
+"""Name of every backbone -> its settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +130,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.injection is None:
             return
-        stages = self.backbone.num_stages
+        stages = len(self.backbone.decoder_terms)
         for place, resolutions, coarsest in (
             ("decoder", self.injection.decoder_resolutions(stages), stages - 1),
-            ("encoder", self.injection.encoder, stages),
+            ("encoder", self.injection.encoder, self.backbone.num_stages),
         ):
             if any(resolution > coarsest for resolution in resolutions):
                 raise UsageError(
