@@ -39,7 +39,7 @@ def cli() -> None:
 def run(recipe: str, overrides: tuple[str, ...], out: str | None, resume: bool, device: str) -> None:
     """Train by RECIPE, the name of one that ships (see `ditr-train recipes`) or a YAML file."""
     from ditr_train.recipe_files import load_recipe
-    from ditr_train.report import summary
+    from ditr_train.report import published_line, summary
     from ditr_train.trainer import train
 
     loaded = load_recipe(recipe, overrides)
@@ -48,6 +48,8 @@ def run(recipe: str, overrides: tuple[str, ...], out: str | None, resume: bool, 
     if done["last"] is not None:
         click.echo(f"last  {summary(done['last'])}")
         click.echo(f"best  {summary(done['best'])}  (epoch {done['best']['epoch']})")
+    if target := published_line(loaded.published):
+        click.echo(target)
     click.echo(f"{done['steps']} steps, data wait {100 * done['data_wait']:.1f} %, run folder {done['run']}")
 
 
@@ -189,6 +191,41 @@ def predict(
     return 1 if done["failed"] else 0
 
 
+@cli.command(name="convert")
+@click.argument("run_dir")
+@click.option("-o", "--out", required=True, metavar="FILE", help="File that is written, say model.pth.")
+@click.option(
+    "--to", type=click.Choice(["pointcept"]), default="pointcept", show_default=True, help="Whose names it gets."
+)
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Which weights of the run.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+def convert_run(run_dir: str, out: str, to: str, checkpoint: str, as_json: bool) -> None:
+    """Write the network of RUN_DIR with the names of Pointcept, as its `weight=FILE` loads it.
+
+    For networks that read points only. Printed is the configuration of Pointcept's network, and the input that it
+    needs. The other way, `ditr-train run RECIPE --set init=FILE --set init_format=pointcept` starts from such a file.
+    """
+    from ditr_train.convert import convert
+
+    done = convert(run_dir, out, to=to, checkpoint=checkpoint)
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    head = "with its head" if done["head"] else "without the head, which says VFM features"
+    click.echo(f"{done['file']}: step {done['step']}, {done['parameters'] / 1e6:.2f} M parameters, {head}")
+    click.echo(f"model = {done['model']}")
+    colors = "" if done["colors"] is None else f" (colours {done['colors']})"
+    click.echo(f"input: {', '.join(done['feat'])}{colors}, voxels of {done['grid_size']:g} m")
+    if done["classes"]:
+        click.echo(f"classes: {', '.join(done['classes'])}")
+
+
 @cli.command(name="probe")
 @click.argument("cache")
 @click.option("--vfm", default=None, help="Name or key.  [default: the only one of the cache]")
@@ -326,13 +363,16 @@ def compare_runs(runs: tuple[str, ...], outputs: tuple[str, ...], as_json: bool)
 
 @cli.command()
 def recipes() -> None:
-    """List the recipes that ship."""
-    from ditr_train.recipe_files import list_recipes
+    """List the recipes that ship, with the mIoU that each was published with (- where none was)."""
+    from ditr_train.recipe_files import recipe_summaries
+    from ditr_train.report import published_score
 
-    shipped = list_recipes()
+    shipped = recipe_summaries()
     width = max(map(len, shipped), default=0)
-    for name, description in shipped.items():
-        click.echo(f"{name:<{width}}  {description}")
+    scores = {name: published_score(summary.published) for name, summary in shipped.items()}
+    score_width = max(map(len, scores.values()), default=0)
+    for name, summary in shipped.items():
+        click.echo(f"{name:<{width}}  {scores[name]:<{score_width}}  {summary.description}")
 
 
 def print_tables(tables: Sequence[Table]) -> None:

@@ -331,7 +331,8 @@ def _without_seed(runs: Sequence[RunSummary]) -> str:
 
 
 def _differing(runs: Sequence[RunSummary]) -> dict[str, tuple[Any, ...]]:
-    keys = sorted({key for run in runs[1:] for key in differing_keys(runs[0].recipe, run.recipe)} - {"description"})
+    keys = sorted({key for run in runs[1:] for key in differing_keys(runs[0].recipe, run.recipe)})
+    keys = [key for key in keys if key != "description" and not key.startswith("published")]
     dumps = [run.recipe.model_dump(mode="json") for run in runs]
     return {key: tuple(_value(dump, key) for dump in dumps) for key in keys}
 

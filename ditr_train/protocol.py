@@ -26,7 +26,6 @@ from ditr_cache.errors import UsageError
 from ditr_train.data.dataset import CachedDataset, VoxelSample, used_rows
 from ditr_train.data.loader import BatchLoader, collate
 from ditr_train.data.sample import FeatureRows, PointBatch, PointSample
-from ditr_train.data.transforms import center
 from ditr_train.data.voxelize import Fragments, fragments, voxelize
 from ditr_train.distributed import autocast
 from ditr_train.metrics import ConfusionMatrix
@@ -74,7 +73,7 @@ class FullSample:
     """A sample as the full protocol needs it: N points that the network is to see, and the M points to predict.
 
     Args:
-        points: N points, centred, not augmented.
+        points: N points, placed as the dataset does, not augmented.
         features: the rows of these points, as stored, and [N] index; None for a network that reads points only.
         inverse: [M] int64, the one among the N that stands for each point; None where N = M.
         segment: [M] int64 labels, -1 where ignored; None where the split has none.
@@ -101,7 +100,7 @@ class FullSamples:
     def __getitem__(self, index: int) -> FullSample:
         """Sample `index`. Raises as `CachedDataset.eval_sample`."""
         stored, points = self.dataset.read(index)
-        points = center(points, apply_z=True)
+        points = self.dataset.placed(points)
         segment, inverse = points.segment, None
         if self.pre_grid_size is not None:
             voxels = voxelize(points.coord, self.pre_grid_size)
@@ -189,7 +188,7 @@ class FullPredictor:
         """Fragments as a batch of their own samples, without features, on the device."""
         samples = []
         for pick in picks:
-            chosen = center(points.take(pick), apply_z=False)
+            chosen = self.dataset.seen(points.take(pick))
             samples.append(
                 VoxelSample(
                     name=chosen.name,

@@ -2,227 +2,63 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import types
-import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ditr_cache.errors import UnknownNameError, UsageError
 from ditr_train.data.dataset import CHANNELS
-from ditr_train.data.transforms import Transform, build_transform
-from ditr_train.models.config import ModelConfig
+from ditr_train.models.config import BACKBONES, ModelConfig
 from ditr_train.optim import OptimizerConfig, ScheduleConfig
-from ditr_train.tta import Augmentation, tta_set
+from ditr_train.recipe_keys import refuse_unknown
+from ditr_train.recipe_sections import (
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    PublishedConfig,
+    Section,
+    SourceConfig,
+    SplitsConfig,
+    TrackingConfig,
+    TrainingConfig,
+)  # fmt: skip
+from ditr_train.tta import tta_set
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TransformConfig(_Section):
-    """One augmentation: its name and arguments, see `ditr_train.data.transforms`."""
-
-    name: str
-    args: dict[str, Any] = Field(default_factory=dict)
-
-
-class DataConfig(_Section):
-    """What the network sees of a sample.
-
-    Args:
-        grid_size: edge of a voxel in metres.
-        feat: input channels, in order: coord, color, normal, strength.
-        augment: transforms of training samples before they are voxelized, in order.
-        point_max: crop training samples to at most this many voxels; null: never.
-        batch_size: samples per optimiser step, over all processes and accumulation steps.
-        loop: how often one epoch goes through the split.
-        fraction: train on this share of the samples only, at least one; smaller shares are subsets of larger ones.
-        fraction_seed: which samples.
-        view: which view gives a point its feature where the cache holds all of them (layout `views`): `random` is drawn
-            anew for each training sample (evaluation takes the last view), `last`, `nearest`; null: `random` for such
-            a cache, nothing for one that holds one feature per point.
-        mix_prob: probability of joining two neighbours of a batch (Mix3D).
-        workers: data-loading processes per training process; 0 loads in the training process.
-    """
-
-    grid_size: float = Field(gt=0)
-    feat: tuple[str, ...] = Field(min_length=1)
-    augment: tuple[TransformConfig, ...] = ()
-    point_max: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(ge=1)
-    loop: int = Field(default=1, ge=1)
-    fraction: float = Field(default=1.0, gt=0, le=1)
-    fraction_seed: int = Field(default=0, ge=0)
-    view: Literal["random", "last", "nearest"] | None = None
-    mix_prob: float = Field(default=0.0, ge=0, le=1)
-    workers: int = Field(default=1, ge=0)
-
-    def transforms(self) -> tuple[Transform, ...]:
-        """The augmentation, built."""
-        return tuple(build_transform(t.name, t.args) for t in self.augment)
-
-
-class LossConfig(_Section):
-    """Cross-entropy + `lovasz_weight` x Lovasz-softmax.
-
-    Args:
-        lovasz_weight: 0 leaves Lovasz out.
-        label_smoothing: of the cross-entropy.
-        class_weights: of the cross-entropy, one per class; null: all 1.
-    """
-
-    lovasz_weight: float = Field(default=1.0, ge=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    class_weights: tuple[float, ...] | None = None
-
-
-class TrainingConfig(_Section):
-    """How the run goes.
-
-    Args:
-        epochs, steps: the budget; exactly one of them.
-        amp: mixed precision on a GPU; a CPU always computes in float32.
-        accumulation: micro-batches per optimiser step; `data.batch_size` stays what an optimiser step sees.
-        clip_grad: largest gradient norm; null: not clipped.
-        ema: decay per step of an exponential moving average of the weights, say 0.999, that is evaluated and used in
-            their place; null: none.
-        fixed_norms: share of the steps, the last ones, in which batch norms keep their running statistics, as they do
-            at test time. Where a batch is one scene, its own statistics are a poor guess at those.
-        sync_batchnorm: batch statistics over all GPUs of a distributed run.
-        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
-        checkpoint_every: epochs between checkpoints; the last epoch always ends with one.
-        log_every: optimiser steps per line of metrics.
-    """
-
-    epochs: int | None = Field(default=None, ge=1)
-    steps: int | None = Field(default=None, ge=1)
-    amp: Literal["off", "fp16", "bf16"] = "off"
-    accumulation: int = Field(default=1, ge=1)
-    clip_grad: float | None = Field(default=None, gt=0)
-    ema: float | None = Field(default=None, gt=0, lt=1)
-    fixed_norms: float = Field(default=0.0, ge=0, lt=1)
-    sync_batchnorm: bool = False
-    evaluate_every: int = Field(default=1, ge=1)
-    checkpoint_every: int = Field(default=1, ge=1)
-    log_every: int = Field(default=10, ge=1)
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> TrainingConfig:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError(f"expected either epochs or steps, got epochs={self.epochs} and steps={self.steps}")
-        return self
-
-
-class SplitsConfig(_Section):
-    """Names of the cache's splits.
-
-    Args:
-        train: trained on; several only for distillation, which needs no labels.
-        val: evaluated on; null only for distillation, which then is not evaluated.
-    """
-
-    train: str | tuple[str, ...] = "train"
-    val: str | None = "val"
-
-    @property
-    def training(self) -> tuple[str, ...]:
-        """The splits that are trained on."""
-        return (self.train,) if isinstance(self.train, str) else self.train
-
-
-class SourceConfig(_Section):
-    """One of the caches of a joint distillation.
-
-    Args:
-        cache: path of the cache.
-        vfm: name or key of its VFM, where `vfm` of the recipe does not say which one.
-        splits: of this cache.
-        ratio: how many of an epoch's samples come from here, relative to the ratios of the others; given for all
-            sources or for none. None: every sample of every source once.
-    """
-
-    cache: str
-    vfm: str | None = None
-    splits: SplitsConfig = SplitsConfig()
-    ratio: float | None = Field(default=None, gt=0)
-
-
-class WandbConfig(_Section):
-    """A run of Weights & Biases; needs the extra `wandb`.
-
-    Args:
-        project: null takes W&B's own default.
-        entity: user or team; null takes the one that is logged in.
-        name: of the run; null takes the run folder's.
-        group: runs that W&B shows together, say the seeds of one setting.
-        tags: of the run.
-        mode: `online`, `offline` (sent later by `wandb sync`), or `disabled`.
-    """
-
-    project: str | None = None
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
-    mode: Literal["online", "offline", "disabled"] = "online"
-
-
-class TrackingConfig(_Section):
-    """Where metrics go beside `metrics.jsonl`; changes no weight.
-
-    Args:
-        tensorboard: event files in the run folder.
-        wandb: null for none.
-    """
-
-    tensorboard: bool = True
-    wandb: WandbConfig | None = None
-
-
-class EvaluationConfig(_Section):
-    """The official test protocol (`ditr-train eval --protocol full`) of this recipe; changes no weight.
-
-    Args:
-        tta: name of a set of `ditr_train.tta`, or a list of augmentations {rotate, scale, flip}.
-        pre_grid_size: metres; the outdoor protocols first reduce a scan to one point per voxel of this size, whose
-            prediction all its points get (0.025 in the published ones); null: not.
-    """
-
-    tta: Annotated[
-        Annotated[str, Tag("name")] | Annotated[tuple[Augmentation, ...], Tag("list")],
-        Discriminator(lambda value: "name" if isinstance(value, str) else "list"),
-    ] = "none"
-    pre_grid_size: float | None = Field(default=None, gt=0)
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """Everything about a run.
 
     Args:
         description: one line for `ditr-train recipes`.
+        published: the score that the recipe was published with; null where it was not published.
         task: `segment`, or `distill`: pretraining that predicts VFM features and needs no labels.
         cache: path of the cache; set when the recipe is run.
         sources: several caches to distill from at once, in place of `cache` and `splits`.
         vfm: name or key of the VFM whose features are injected or distilled; null for a network that is trained on
             the points only.
         init: run folder (or one of its checkpoints) whose backbone the run starts from, say a distillation to
-            fine-tune; the head is fresh.
+            fine-tune, or a file of public weights (see `init_format`); the head is fresh.
+        init_format: what `init` is: `run`, or `pointcept`: a state dict with the names of Pointcept's SpUNet-v1m1 or
+            PT-v3m1, or of Sonata's PT-v3m2, with or without a decoder. It does not say which inputs it was trained
+            with: set `data.feat` and `data.grid_size` to its configuration's. Colours are given in 0..1, as Pointcept
+            does since v1.6.0; weights from before want -1..1: end `data.augment` with, and set `data.at_test` to,
+            ChromaticNormalize of mean and std 0.5. The released PT-v3m1 weights also want the variant `ptv3-v1.5.1`.
         dataset: the dataset that the cache must be of; null takes any.
         classes: the classes that the cache must have; null takes the cache's.
         seed: of the weights, the order and the augmentation.
     """
 
     description: str = ""
+    published: PublishedConfig | None = None
     task: Literal["segment", "distill"] = "segment"
     cache: str | None = None
     sources: tuple[SourceConfig, ...] = ()
     vfm: str | None = None
     init: str | None = None
+    init_format: Literal["run", "pointcept"] = "run"
     dataset: str | None = None
     classes: tuple[str, ...] | None = None
     seed: int = Field(default=0, ge=0)
@@ -238,6 +74,11 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if self.data.micro_batch is not None and self.training.accumulation > 1:
+            raise ValueError(
+                f"data.micro_batch is {self.data.micro_batch} and training.accumulation is "
+                f"{self.training.accumulation}: the one follows from the other; set one of them alone"
+            )
         if self.task == "distill":
             self._check_distillation()
         else:
@@ -311,7 +152,7 @@ class Recipe(_Section):
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values. Raises `UnknownNameError` or `UsageError` naming the key."""
-    _refuse_unknown(values, Recipe, "")
+    refuse_unknown(values, Recipe, "")
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -319,10 +160,13 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     for channel in recipe.data.feat:
         if channel not in CHANNELS:
             raise UnknownNameError.of("input channel in data.feat", channel, CHANNELS)
-    try:
-        recipe.data.transforms()
-    except (UnknownNameError, UsageError) as error:
-        raise type(error)(f"data.augment: {error}") from error
+    parts = {"data": recipe.data, **{f"sources.{i}": s.data(recipe.data) for i, s in enumerate(recipe.sources)}}
+    for where, data in parts.items():
+        for key, build in (("augment", data.transforms), ("at_test", data.reading)):
+            try:
+                build()
+            except (UnknownNameError, UsageError) as error:
+                raise type(error)(f"{where}.{key}: {error}") from error
     try:
         tta_set(recipe.evaluation.tta)
     except (UnknownNameError, UsageError) as error:
@@ -345,52 +189,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _refuse_unknown(values: Any, annotation: Any, prefix: str) -> None:
-    """Raise `UnknownNameError` for the first key that no field of the annotated type has, however deep."""
-    known = _fields(annotation)
-    if known is None or not isinstance(values, Mapping):
-        return
-    for key, value in values.items():
-        if key not in known:
-            where = f" of {prefix.rstrip('.')!r}" if prefix else ""
-            raise UnknownNameError.of(f"recipe key {prefix}{key!s}: key{where}", str(key), known)
-        nested = known[key]
-        if isinstance(value, list):
-            for i, item in enumerate(value):
-                _refuse_unknown(item, _item_type(nested), f"{prefix}{key}.{i}.")
-        else:
-            _refuse_unknown(value, nested, f"{prefix}{key}.")
-
-
-def _item_type(annotation: Any) -> Any:
-    """Type of the items of a tuple (also where it may be something else, too); None for every other type."""
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next((item for a in typing.get_args(annotation) if (item := _item_type(a)) is not None), None)
-    return None
-
-
-def _fields(annotation: Any) -> dict[str, Any] | None:
-    """Name -> type of the fields of a section (also where it may be None); None for every other type."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        found = [f for a in typing.get_args(annotation) if (f := _fields(a)) is not None]
-        return found[0] if found else None
-    if not isinstance(annotation, type):
-        return None
-    if issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation):
-        hints = typing.get_type_hints(annotation)
-        names = (
-            annotation.model_fields
-            if issubclass(annotation, BaseModel)
-            else [f.name for f in dataclasses.fields(annotation)]
-        )
-        return {name: hints[name] for name in names}
-    return None
-
-
 def _message(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    # pydantic names the member of a union after the key that holds it.
+    loc = [str(part) for part in error["loc"]]
+    where = ".".join(
+        part for part, above in zip(loc, ["", *loc], strict=False) if above != "backbone" or part not in BACKBONES
+    )
     text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     got = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
     return f"{where}: {text[:1].lower()}{text[1:]}{got}" if where else text

@@ -1,18 +1,23 @@
 """Recipes as files: by name from where recipes lie, or by path; a file may extend another one.
 
-With `extends: other`, a file's own keys win over the other's, key by key, and lists are replaced whole.
+With `extends: other`, a file's own keys win over the other's, key by key, and lists are replaced whole. It may extend
+several, `extends: [one, other]`: each wins over those before it. `published` belongs to one recipe and is not
+inherited; nor are the settings of a backbone where `model.backbone.name` names another one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
+from ditr_train.models.config import backbone_name
 from ditr_train.recipe import Recipe, parse_recipe
+from ditr_train.recipe_sections import PublishedConfig
 
 
 def recipe_folders() -> list[Path]:
@@ -21,14 +26,38 @@ def recipe_folders() -> list[Path]:
     return [f for f in (package / "pipelines", package.parent / "pipelines") if f.is_dir()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecipeSummary:
+    """What a recipe says of itself.
+
+    Args:
+        description: one line.
+        published: the score that it was published with; None where it was not.
+    """
+
+    description: str
+    published: PublishedConfig | None
+
+
 def list_recipes(folders: Sequence[Path] | None = None) -> dict[str, str]:
-    """Name -> description of the recipes that can be run; `base` files only hold what others share."""
-    found: dict[str, str] = {}
+    """Name -> description of the recipes that can be run; see `recipe_summaries`."""
+    return {name: summary.description for name, summary in recipe_summaries(folders).items()}
+
+
+def recipe_summaries(folders: Sequence[Path] | None = None) -> dict[str, RecipeSummary]:
+    """The recipes that can be run, by name; files `base` and `base-*` only hold what others share."""
+    found: dict[str, RecipeSummary] = {}
     for folder in recipe_folders() if folders is None else folders:
         for path in folder.rglob("*.yaml"):
-            if path.stem != "base":
-                name = path.relative_to(folder).with_suffix("").as_posix()
-                found.setdefault(name, str(_read_yaml(path).get("description", "")))
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if path.stem == "base" or path.stem.startswith("base-") or name in found:
+                continue
+            values = _read_yaml(path)
+            published = values.get("published")
+            found[name] = RecipeSummary(
+                description=str(values.get("description", "")),
+                published=None if published is None else PublishedConfig.model_validate(published),
+            )
     return dict(sorted(found.items()))
 
 
@@ -82,14 +111,29 @@ def _resolve(name: str, folders: Sequence[Path], seen: tuple[Path, ...]) -> dict
     if path.resolve() in seen:
         raise UsageError(f"recipe {str(path)!r}: extends itself through {', '.join(p.stem for p in seen)}")
     values = _read_yaml(path)
-    parent = values.pop("extends", None)
-    if parent is None:
-        return values
-    if not isinstance(parent, str):
-        raise UsageError(f"recipe {str(path)!r}: extends: expected the name of a recipe, got {parent!r}")
-    if parent.endswith((".yaml", ".yml")):  # a file is named from the one that extends it
-        parent = str(path.parent / parent)
-    return _merge(_resolve(parent, folders, (*seen, path.resolve())), values)
+    parents = values.pop("extends", [])
+    if isinstance(parents, str):
+        parents = [parents]
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UsageError(f"recipe {str(path)!r}: extends: expected the name of a recipe, or several, got {parents!r}")
+    merged: dict[str, Any] = {}
+    for parent in parents:
+        if parent.endswith((".yaml", ".yml")):  # a file is named from the one that extends it
+            parent = str(path.parent / parent)
+        merged = _extend(merged, _resolve(parent, folders, (*seen, path.resolve())))
+    merged.pop("published", None)
+    return _extend(merged, values)
+
+
+def _extend(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `base`; settings of a backbone are not handed on to another one."""
+    model, changed = base.get("model"), own.get("model")
+    backbone = changed.get("backbone") if isinstance(changed, Mapping) else None
+    if isinstance(model, Mapping) and isinstance(backbone, Mapping) and "name" in backbone:
+        below = model.get("backbone")
+        if isinstance(below, Mapping) and backbone_name(below) != backbone_name(backbone):
+            base = {**base, "model": {key: value for key, value in model.items() if key != "backbone"}}
+    return _merge(base, own)
 
 
 def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,11 +153,28 @@ def _override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {key}: the value {text!r} is not YAML") from error
-    for depth, part in enumerate(path[:-1]):
-        if values.get(part) is None:
-            values[part] = {}
-        if not isinstance(values[part], dict):
-            raise UsageError(f"--set {key}: {'.'.join(path[: depth + 1])} is a value, it has no keys below it")
-        values[part] = dict(values[part])
-        values = values[part]
-    values[path[-1]] = value
+    if path == ["model", "backbone", "name"]:
+        values.update(_extend(values, {"model": {"backbone": {"name": value}}}))
+    else:
+        _assign(values, key, path, value)
+
+
+def _assign(values: dict[str, Any], key: str, path: Sequence[str], value: Any, done: str = "") -> None:
+    """Set the value at a path of keys; the entry of a list is named by its number."""
+    first, rest = path[0], path[1:]
+    if not rest:
+        values[first] = value
+        return
+    here = f"{done}.{first}".lstrip(".")
+    below = values.get(first)
+    if isinstance(below, list):
+        numbered = {str(number): item for number, item in enumerate(below)}
+        if rest[0] not in numbered:
+            raise UsageError(f"--set {key}: {here} has entries 0 to {len(below) - 1}, got {rest[0]!r}")
+        _assign(numbered, key, rest, value, here)
+        values[first] = list(numbered.values())
+        return
+    if below is not None and not isinstance(below, dict):
+        raise UsageError(f"--set {key}: {here} is a value, it has no keys below it")
+    values[first] = dict(below or {})
+    _assign(values[first], key, rest, value, here)

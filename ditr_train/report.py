@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ditr_train.recipe_sections import PublishedConfig
+
 
 def percent(value: float | None) -> str:
     """`0.1234` -> `12.34`, and `-` for a value that does not exist (a class that occurs nowhere)."""
@@ -36,6 +38,19 @@ def summary(results: Mapping[str, Any]) -> str:
         return headline(results)
     scores = "  ".join(f"{name} {percent(results[name])}" for name in ("mIoU", "mAcc", "allAcc"))
     return f"{scores}  ({protocol_name(results)})" if protocol_name(results) else scores
+
+
+def published_score(published: PublishedConfig | None) -> str:
+    """`80.5 val`, the mIoU that a recipe was published with and where; `-` where no number was published."""
+    return "-" if published is None or published.miou is None else f"{published.miou:.1f} {published.split}"
+
+
+def published_line(published: PublishedConfig | None) -> str:
+    """One line for the end of a run, to compare its full-protocol score with; empty where no number was published."""
+    if published is None or published.miou is None:
+        return ""
+    note = "" if published.note is None else f"; {published.note}"
+    return f"published  mIoU {published_score(published)} (full protocol; {published.source}{note})"
 
 
 def prediction(done: Mapping[str, Any]) -> str:

@@ -46,7 +46,6 @@ class Task(ABC):
         """For each source of the recipe the datasets of its training splits."""
         self.validation: list[CachedDataset] = []
         """The validation split of each source that has one."""
-        data = recipe.data
         for source in recipe.all_sources():
             cache = open_cache(source.cache)
             if recipe.dataset not in (None, cache.metadata.dataset):
@@ -55,16 +54,13 @@ class Task(ABC):
                     f"{cache.metadata.dataset!r}; use a recipe of that dataset (`ditr-train recipes`), or take the "
                     "other cache"
                 )
+            data = source.data(recipe.data)
             common: dict[str, Any] = {
-                "grid_size": data.grid_size, "feat": data.feat, "vfm": source.vfm, "labelled": self.labelled,
-                "class_names": recipe.classes if self.labelled else None, "view": data.view,
-            }  # fmt: skip
-            training: dict[str, Any] = {
-                "transforms": data.transforms(), "point_max": data.point_max, "fraction": data.fraction,
-                "fraction_seed": data.fraction_seed,
+                **data.reading(), "vfm": source.vfm, "labelled": self.labelled,
+                "class_names": recipe.classes if self.labelled else None,
             }  # fmt: skip
             splits = source.splits
-            self.sources.append([CachedDataset(cache, name, **training, **common) for name in splits.training])
+            self.sources.append([CachedDataset(cache, name, **data.training(), **common) for name in splits.training])
             if splits.val is not None:
                 self.validation.append(CachedDataset(cache, splits.val, **common))
         self.train_set = JointDataset([part for parts in self.sources for part in parts])

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ditr_cache.errors import StorageError
 from ditr_train.files import replace_text
-from ditr_train.recipe import TrackingConfig
+from ditr_train.recipe_sections import TrackingConfig
 from ditr_train.report import headline, summary
 from ditr_train.wandb_run import WandbRun, require_wandb
 

@@ -50,12 +50,10 @@ class TrainedRun:
         dataset = CachedDataset(
             open_cache(self.recipe.require_cache()),
             split,
-            grid_size=self.recipe.data.grid_size,
-            feat=self.recipe.data.feat,
+            **self.recipe.data.reading(),
             vfm=self.recipe.vfm,
             class_names=self.info.class_names,
             labelled=labelled,
-            view=self.recipe.data.view,
             fraction=fraction,
             fraction_seed=fraction_seed,
         )

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ditr_cache.errors import CacheError
 from ditr_train.checkpoint import load_checkpoint, save_checkpoint
-from ditr_train.data.loader import BatchLoader, TrainBatches, TrainPlan
+from ditr_train.data.loader import BatchLoader, TrainBatches, TrainPlan, accumulation_steps
 from ditr_train.data.sample import PointBatch
 from ditr_train.distributed import Processes, autocast, processes
 from ditr_train.ema import MovingAverage
@@ -99,13 +99,17 @@ class Trainer:
         if recipe.tracking.wandb is not None:
             require_wandb()
         self.task = open_task(recipe, this)
+        self.accumulation = training.accumulation
+        """Micro-batches per optimiser step."""
+        if data.micro_batch is not None:
+            self.accumulation = accumulation_steps(data.batch_size, this.world, data.micro_batch)
         self.plan = TrainPlan(
             sizes=self.task.sizes,
             ratios=self.task.ratios,
             batch_size=data.batch_size,
             loop=data.loop,
             seed=recipe.seed,
-            accumulation=training.accumulation,
+            accumulation=self.accumulation,
             rank=this.rank,
             world=this.world,
         )
@@ -182,7 +186,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[PointBatch]) -> _Times:
         begun, times = time.perf_counter(), _Times(steps=1)
         self._choose_statistics()
-        parts = self.recipe.training.accumulation
+        parts = self.accumulation
         names: list[str] = []
         fault = ""
         self.optimizer.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ditr_cache.errors import UsageError
-from ditr_train.recipe import WandbConfig
+from ditr_train.recipe_sections import WandbConfig
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,11 @@ from ditr_cache.errors import DataError, MismatchError, MissingDataError, Unknow
 from ditr_cache.schema import VFMSpec
 from ditr_cache.store import CacheReader
 from ditr_train.data.sample import PointSample
-from ditr_train.data.transforms import SphereCrop, Transform, apply, center
+from ditr_train.data.spatial import SphereCrop, center
+from ditr_train.data.transforms import Transform, apply, needs_instances
 from ditr_train.data.voxelize import voxelize
 
-CHANNELS = {"coord": 3, "color": 3, "normal": 3, "strength": 1}
+CHANNELS = {"coord": 3, "color": 3, "normal": 3, "strength": 1, "height": 1}
 """What the network input can be made of -> number of channels."""
 
 MAX_INJECTED_EXTENT = 2**16
@@ -64,10 +65,14 @@ class CachedDataset:
         cache: an open cache.
         split: one of its splits.
         grid_size: edge of a voxel in metres.
-        feat: names of the input channels, in order: `coord`, `color`, `normal`, `strength`.
+        feat: names of the input channels, in order: `coord`, `color`, `normal`, `strength`, `height`.
         vfm: name or key of the VFM whose rows are read; None reads none.
         transforms: augmentation of training samples, before they are voxelized.
-        point_max: training samples are cropped to at most this many voxels around a random one; None: never.
+        centred: the middle of the x and y extent and the lowest point move to 0 first, x and y once more after the
+            crop; False: coordinates stay in the dataset's frame, for lidar the sensor's.
+        at_test: what evaluated samples get in place of `transforms`; draws nothing.
+        crop_rate: training samples are cropped to this share of their voxels around a random one; None: not.
+        point_max: training samples are then cropped to at most this many voxels around a random one; None: never.
         class_names: the classes that the caller expects; None takes the cache's.
         labelled: read labels, and refuse a split or cache without (segmentation needs them, distillation and
             prediction do not).
@@ -95,6 +100,9 @@ class CachedDataset:
         feat: Sequence[str],
         vfm: str | None = None,
         transforms: Sequence[Transform] = (),
+        centred: bool = True,
+        at_test: Sequence[Transform] = (),
+        crop_rate: float | None = None,
         point_max: int | None = None,
         class_names: Sequence[str] | None = None,
         labelled: bool = True,
@@ -107,7 +115,10 @@ class CachedDataset:
         self.grid_size = grid_size
         self.feat = tuple(feat)
         self.transforms = tuple(transforms)
-        self.crop = None if point_max is None else SphereCrop(point_max=point_max)
+        self.centred, self.at_test = centred, tuple(at_test)
+        by_rate = () if crop_rate is None else (SphereCrop(rate=crop_rate),)
+        self.crops = by_rate if point_max is None else (*by_rate, SphereCrop(point_max=point_max))
+        self._needs_instances = needs_instances(self.transforms)
         self.labelled = labelled
         self.view = view
         self.ids: list[str] = some_of(cache.split_ids(split), fraction, fraction_seed)
@@ -134,19 +145,19 @@ class CachedDataset:
             DataError: nothing is left to train on.
         """
         stored, points = self.read(index, rng)
-        points = apply(self.transforms, center(points, apply_z=True), rng)
+        points = apply(self.transforms, self._centred(points), rng)
         voxels = voxelize(points.coord, self.grid_size, rng)
         points, grid_coord = points.take(voxels.pick), voxels.grid_coord
-        keep = None if self.crop is None else self.crop.keep(points.coord, rng)
-        if keep is not None:
-            points, grid_coord = points.take(keep), grid_coord[keep]
-            grid_coord -= grid_coord.min(axis=0)
+        for crop in self.crops:
+            if (keep := crop.keep(points.coord, rng)) is not None:
+                points, grid_coord = points.take(keep), grid_coord[keep]
+                grid_coord -= grid_coord.min(axis=0)
         return self._sample(stored, points, grid_coord)
 
     def eval_sample(self, index: int) -> VoxelSample:
         """Sample `index` as it is, with `inverse` to all of its points. Raises as `train_sample`."""
         stored, points = self.read(index)
-        points = center(points, apply_z=True)
+        points = self.placed(points)
         voxels = voxelize(points.coord, self.grid_size)
         return replace(
             self._sample(stored, points.take(voxels.pick), voxels.grid_coord),
@@ -180,11 +191,25 @@ class CachedDataset:
             normal=stored.normal if "normal" in self.feat else None,
             strength=stored.strength if "strength" in self.feat else None,
             segment=segment,
+            instance=stored.instance.astype(np.int64)
+            if self._needs_instances and stored.instance is not None
+            else None,
             row=None if stored.features is None else stored.features.index.astype(np.int64),
         )
 
+    def placed(self, points: PointSample) -> PointSample:
+        """Points of a sample to evaluate, as `read` gives them, where the network wants them."""
+        return apply(self.at_test, self._centred(points), np.random.default_rng(0))
+
+    def seen(self, points: PointSample) -> PointSample:
+        """Points as a network input is made of them, after every augmentation, voxelization and crop."""
+        return center(points, apply_z=False) if self.centred else points
+
+    def _centred(self, points: PointSample) -> PointSample:
+        return center(points, apply_z=True) if self.centred else points
+
     def _sample(self, stored: StoredSample, points: PointSample, grid_coord: NDArray[np.int32]) -> VoxelSample:
-        points = center(points, apply_z=False)
+        points = self.seen(points)
         sample = VoxelSample(
             name=points.name,
             coord=points.coord,
@@ -225,7 +250,8 @@ class CachedDataset:
         for name in self.feat:
             if name not in CHANNELS:
                 raise UnknownNameError.of("input channel (data.feat)", name, CHANNELS)
-        wanted = [n for n in self.feat if n != "coord"] + ["segment"] * self.labelled
+        wanted = [name for name in self.feat if name not in ("coord", "height")] + ["segment"] * self.labelled
+        wanted += ["instance"] * self._needs_instances
         chosen, root = set(self.ids), str(self.cache.paths.root)
         lacking: dict[str, list[str]] = {}
         for record in self.cache.geometry.values():
@@ -234,7 +260,10 @@ class CachedDataset:
                     lacking.setdefault(name, []).extend(s.id for s in record.samples if s.id in chosen)
         for name, ids in lacking.items():
             if ids:
-                remedy = "choose a split with labels" if name == "segment" else "remove it from data.feat"
+                remedy = {
+                    "segment": "choose a split with labels",
+                    "instance": "remove the instance transforms from data.augment",
+                }.get(name, "remove it from data.feat")
                 raise MissingDataError(
                     f"cache {root!r}, split {self.split!r}: {len(ids)} of {len(self)} samples have no {name!r} "
                     f"({_some(ids)}); {remedy}, or extract a dataset that has it"

@@ -39,6 +39,22 @@ class BatchPlan:
     items: tuple[tuple[int, int], ...]
 
 
+def accumulation_steps(batch_size: int, world: int, micro_batch: int) -> int:
+    """Fewest micro-batches of at most `micro_batch` samples into which each of `world` processes can cut its even share
+    of a global batch.
+
+    Raises:
+        UsageError: the batch cannot be shared evenly by so many processes.
+    """
+    share, rest = divmod(batch_size, world)
+    if rest or share == 0:
+        raise UsageError(
+            f"data.batch_size: {batch_size} samples cannot be shared evenly by {world} processes; run as many as "
+            "divide it, or choose a multiple"
+        )
+    return next(steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= micro_batch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
     """Which samples each step of a run sees. Pure arithmetic: reads nothing.

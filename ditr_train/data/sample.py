@@ -21,7 +21,8 @@ class PointSample:
         color: [N, 3] float32 RGB in 0..255.
         normal: [N, 3] float32, unit length or zero.
         strength: [N] float32 lidar intensity.
-        segment: [N] int64 class indices, the cache's ignore index where unlabelled.
+        segment: [N] int64 class indices, -1 where unlabelled.
+        instance: [N] int64 ids of objects, -1 where none; only where an augmentation needs it.
         row: [N] int64 row of the sample's feature table that belongs to the point, -1 where it has no feature. Moves
             with its point through every transform, so that a feature never reaches another point.
     """
@@ -32,6 +33,7 @@ class PointSample:
     normal: NDArray[np.float32] | None = None
     strength: NDArray[np.float32] | None = None
     segment: NDArray[np.int64] | None = None
+    instance: NDArray[np.int64] | None = None
     row: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -43,13 +45,17 @@ class PointSample:
         return replace(self, **arrays)  # type: ignore[arg-type]
 
     def channels(self, names: Sequence[str]) -> NDArray[np.float32]:
-        """[N, C_in] float32 network input: these arrays (coord, color, normal, strength) side by side, colour in 0..1.
+        """[N, C_in] float32 network input: these arrays side by side, colour in 0..1.
 
         Args:
-            names: at least one, of arrays that the sample has.
+            names: at least one; `height`, metres above the lowest of these points, or arrays that the sample has
+                (coord, color, normal, strength).
         """
         arrays: list[NDArray[np.float32]] = []
         for name in names:
+            if name == "height":
+                arrays.append(self.coord[:, 2:] - self.coord[:, 2].min())
+                continue
             values = getattr(self, name)
             arrays.append(values / np.float32(255) if name == "color" else values.reshape(len(self), -1))
         return np.concatenate(arrays, axis=1, dtype=np.float32)

@@ -13,6 +13,7 @@ from ditr_cache.schema import VFMSpec
 from ditr_cache.store import open_cache
 from ditr_train.data.dataset import CachedDataset, used_rows
 from ditr_train.data.transforms import build_transform
+from ditr_train.protocol import FullSamples
 
 GRID = 0.1
 Make = Callable[..., Path]
@@ -138,3 +139,57 @@ def test_used_rows() -> None:
     assert rows.tolist() == [2, 4] and position.tolist() == [1, -1, 0, 1]
     rows, position = used_rows(np.array([-1, -1]), 0)
     assert rows.tolist() == [] and position.tolist() == [-1, -1]
+
+
+def test_lidar_keeps_the_frame_of_its_sensor(tiny_cache: Path) -> None:
+    data = dataset(tiny_cache, feat=("coord",), vfm=None, centred=False)
+    stored = data.cache.read(data.ids[0])
+    for sample in (data.eval_sample(0), data.train_sample(0, np.random.default_rng(0))):
+        assert np.isin(sample.coord, stored.coord).all() and np.array_equal(sample.feat, sample.coord)
+        assert (sample.grid_coord.min(axis=0) == 0).all()
+    assert data.eval_sample(0).coord.min() > 4  # conftest's rooms stand 5 m and more from the origin
+
+
+def test_what_is_evaluated_is_transformed_at_test_alone(tiny_cache: Path) -> None:
+    low, high = [9.2, 9.2, 9.1], [10.0, 10.5, 9.4]
+    clip = build_transform("PointClip", {"low": low, "high": high})
+    data = dataset(tiny_cache, "val", feat=("coord",), vfm=None, centred=False, at_test=[clip])
+    stored = data.cache.read(data.ids[0]).coord
+    sample = data.eval_sample(0)
+    assert sample.inverse is not None
+    # Every point's voxel is that of the clamped point; all points are still reached.
+    expected = np.clip(stored, np.array(low, np.float32), np.array(high, np.float32))
+    assert len(sample.inverse) == len(stored) and np.abs(sample.coord[sample.inverse] - expected).max() <= GRID + 1e-5
+    assert (sample.coord >= np.array(low, np.float32)).all() and (sample.coord <= np.array(high, np.float32)).all()
+    full = FullSamples(data)[0].points.coord
+    assert np.array_equal(full, expected)
+    trained = data.train_sample(0, np.random.default_rng(0)).coord
+    assert (trained < np.array(low, np.float32)).any()
+    # Centred samples are centred first.
+    assert dataset(tiny_cache, "val", at_test=[clip]).eval_sample(0).coord.min() >= -1
+
+
+def test_crops_by_rate_then_by_count(tiny_cache: Path) -> None:
+    def count(**settings: object) -> int:
+        return len(dataset(tiny_cache, **settings).train_sample(0, np.random.default_rng(0)).coord)
+
+    whole = count()
+    assert count(crop_rate=0.6) == int(0.6 * whole) == count(crop_rate=0.6, point_max=whole)
+    assert count(crop_rate=0.6, point_max=50) == 50
+    sample = dataset(tiny_cache, crop_rate=0.2, point_max=60).train_sample(1, np.random.default_rng(1))
+    assert (sample.grid_coord.min(axis=0) == 0).all()
+    # What is left is one ball: farther points of the room are gone.
+    assert np.ptp(sample.coord, axis=0).max() < 1.5
+
+
+def test_height_needs_no_array(tiny_cache: Path) -> None:
+    data = dataset(tiny_cache, feat=("color", "height"), vfm=None)
+    sample = data.eval_sample(0)
+    assert data.in_channels == 4 and np.array_equal(sample.feat[:, 3], sample.coord[:, 2])
+
+
+def test_instances_are_asked_for_where_they_are_needed(tiny_cache: Path) -> None:
+    shift = build_transform("InstanceShift", {})
+    with pytest.raises(MissingDataError, match=r"'instance'.*remove the instance transforms from data\.augment"):
+        dataset(tiny_cache, transforms=[shift])
+    assert dataset(tiny_cache).read(0)[1].instance is None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ditr_cache.errors import CorruptCacheError, StorageError, UsageError
 from ditr_cache.store import open_cache
 from ditr_train.data.dataset import CachedDataset, VoxelSample
-from ditr_train.data.loader import BatchLoader, EvalBatches, TrainBatches, TrainPlan, collate, mix
+from ditr_train.data.loader import BatchLoader, EvalBatches, TrainBatches, TrainPlan, accumulation_steps, collate, mix
 from ditr_train.data.sample import PointBatch
 from ditr_train.data.transforms import build_transform
 
@@ -66,7 +66,19 @@ def test_a_step_sees_the_same_samples_however_it_is_shared(world: int, accumulat
     assert [sorted(s) for s in shared] == expected
 
 
+@given(share=st.integers(1, 40), world=st.integers(1, 9), micro_batch=st.integers(1, 50))
+def test_accumulation_keeps_the_global_batch(share: int, world: int, micro_batch: int) -> None:
+    steps = accumulation_steps(share * world, world, micro_batch)
+    fitting = [k for k in range(1, share + 1) if share % k == 0 and share / k <= micro_batch]
+    assert steps == fitting[0]
+    plan = TrainPlan(sizes=(share * world,), batch_size=share * world, world=world, accumulation=steps)
+    assert all(len(batch.items) <= micro_batch for batch in plan.batches(0, 1))
+
+
 def test_plans_that_cannot_be() -> None:
+    for batch_size in (2, 7):
+        with pytest.raises(UsageError, match=rf"data\.batch_size: {batch_size} samples .* 3 processes"):
+            accumulation_steps(batch_size, 3, 1)
     with pytest.raises(UsageError, match=r"data\.batch_size: 6 .*multiple of 4"):
         TrainPlan(sizes=(20,), batch_size=6, world=2, accumulation=2)
     with pytest.raises(UsageError, match=r"fewer than one batch of 4.*data\.loop"):

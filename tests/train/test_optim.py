@@ -94,6 +94,21 @@ def test_any_number_of_steps(name: str, pct_start: float, steps: int) -> None:
     assert all(0 < lr <= 0.1 + 1e-9 for (lr,) in rates)
 
 
+def test_cosine_ends_at_its_share_of_the_peak() -> None:
+    """PointNeXt on S3DIS: 0.01 to 1e-5."""
+    config = ScheduleConfig(name="cosine", end_factor=1e-3)
+    rates = run(build_optimizer(make_model(), OptimizerConfig(lr=0.01)), config, 100)
+    expected = [1e-5 + (0.01 - 1e-5) * (1 + math.cos(math.pi * step / 100)) / 2 for step in range(100)]
+    assert [lr for (lr,) in rates] == pytest.approx(expected)
+    assert rates[0] == [0.01] and rates[-1][0] < 1.3e-5
+
+
+def test_multistep_falls_at_its_milestones() -> None:
+    config = ScheduleConfig(name="multistep", milestones=(0.7, 0.9), gamma=0.1)
+    rates = run(build_optimizer(make_model(), OptimizerConfig(lr=1.0)), config, 20)
+    assert [lr for (lr,) in rates] == pytest.approx([1.0] * 14 + [0.1] * 4 + [0.01] * 2)
+
+
 def test_poly() -> None:
     rates = run(build_optimizer(make_model(), OptimizerConfig(lr=0.1)), ScheduleConfig(name="poly", power=0.9), 10)
     assert [lr for (lr,) in rates] == pytest.approx([0.1 * (1 - step / 10) ** 0.9 for step in range(10)])
@@ -134,7 +149,11 @@ def test_state_is_restored_without_pickle(name: str, tmp_path: Path) -> None:
         (OptimizerConfig, {"betas": (0.9, 1.0)}, "betas"),
         (ParamGroup, {"pattern": "", "lr_scale": 1.0}, "pattern"),
         (ParamGroup, {"pattern": "block", "lr_scale": -1.0}, "lr_scale"),
-        (ScheduleConfig, {"name": "cosine"}, "onecycle.*poly"),
+        (ScheduleConfig, {"name": "linear"}, "onecycle.*poly.*cosine.*multistep"),
+        (ScheduleConfig, {"end_factor": 1.5}, "end_factor"),
+        (ScheduleConfig, {"gamma": 0.0}, "gamma"),
+        (ScheduleConfig, {"milestones": (0.9, 0.7)}, "milestones"),
+        (ScheduleConfig, {"milestones": (0.5, 1.0)}, "milestones"),
         (ScheduleConfig, {"pct_start": 0.0}, "pct_start"),
         (ScheduleConfig, {"pct_start": 1.0}, "pct_start"),
         (ScheduleConfig, {"div_factor": 0.5}, "div_factor"),

@@ -3,10 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
+from ditr_train.models.pointnext_config import PointNeXtConfig
+from ditr_train.models.ptv3_config import PTv3Config
+from ditr_train.models.sparse_unet_config import SparseUNetConfig
 from ditr_train.recipe import differing_keys, parse_recipe
-from ditr_train.recipe_files import list_recipes, load_recipe, read_recipe
+from ditr_train.recipe_files import list_recipes, load_recipe, read_recipe, recipe_summaries
+from ditr_train.run_folder import is_free
 
 BASE = """
 description: small
@@ -145,6 +150,87 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     bad.write_text("extends: bad.yaml\n")
     with pytest.raises(UsageError, match="extends itself"):
         load_recipe(str(bad))
-    bad.write_text("extends: [demo/base]\n")
+    bad.write_text("extends: {demo: base}\n")
     with pytest.raises(UsageError, match="extends"):
         load_recipe(str(bad))
+
+
+def test_a_recipe_extends_several_and_inherits_no_target(folder: Path) -> None:
+    (folder / "toy" / "base-small.yaml").write_text("data: {batch_size: 9, grid_size: 0.5}\nseed: 3\n")
+    (folder / "toy" / "both.yaml").write_text(
+        "extends: [toy/base, toy/base-small]\ndata: {grid_size: 0.7}\npublished: {miou: 50, source: a paper}\n"
+    )
+    (folder / "mine.yaml").write_text("extends: toy/both\n")
+    both = load_recipe("toy/both", (), [folder])
+    # The later one wins over the earlier one, the file's own keys over both.
+    assert (both.data.feat, both.data.batch_size, both.data.grid_size, both.seed) == (("color",), 9, 0.7, 3)
+    assert both.published is not None and both.published.miou == 50
+    mine = load_recipe("mine", (), [folder])
+    assert mine.published is None and mine.data == both.data
+    assert list(list_recipes([folder])) == ["mine", "toy/both", "toy/plain"]
+    assert recipe_summaries([folder])["toy/both"].published == both.published
+
+
+def test_an_entry_of_a_list_is_set_by_its_number() -> None:
+    recipe = load_recipe("indoor/distill", ["sources.0.cache=a", "sources.1.cache=b", "data.augment.1.args.p=0.25"])
+    assert [source.cache for source in recipe.sources] == ["a", "b"]
+    assert recipe.sources[1].splits.training == ("train", "val", "test")
+    assert recipe.data.augment[1].args == {"axis": "z", "degrees": 180, "p": 0.25}
+    for key, message in (("sources.2.cache", "0 to 1"), ("sources.x.cache", "0 to 1"), ("seed.0.a", "is a value")):
+        with pytest.raises(UsageError, match=f"--set {key}.*{message}"):
+            load_recipe("indoor/distill", [f"{key}=c"])
+
+
+def test_the_target_changes_nothing_about_a_run() -> None:
+    assert is_free("published.miou") and is_free("published") and not is_free("data.micro_batch")
+
+
+def test_what_contradicts_itself_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.micro_batch is 1 and training\.accumulation is 2"):
+        load_recipe("toy/base", ["data.micro_batch=1", "training.accumulation=2"], [folder])
+    with pytest.raises(UsageError, match=r"data\.at_test: RandomFlip is not for test time"):
+        load_recipe("toy/base", ["data.at_test=[{name: RandomFlip}]"], [folder])
+    with pytest.raises(UsageError, match=r"sources\.1\.augment: RandomFlip"):
+        load_recipe("indoor/distill", ["sources.1.augment=[{name: RandomFlip, args: {p: 2}}]"])
+
+
+# --- backbones --------------------------------------------------------------------------------------------------------
+
+
+def test_a_named_backbone_replaces_the_settings_of_another(folder: Path) -> None:
+    (folder / "toy" / "unet.yaml").write_text(
+        "extends: toy/base\nmodel: {backbone: {layers: [1, 1], channels: [8, 8]}}\n"
+    )
+    (folder / "toy" / "ptv3.yaml").write_text("extends: toy/unet\nmodel: {backbone: {name: ptv3, patch_size: 64}}\n")
+    (folder / "toy" / "wide.yaml").write_text("extends: toy/ptv3\nmodel: {backbone: {name: ptv3, mlp_ratio: 2}}\n")
+    recipe = load_recipe("toy/wide", (), [folder])
+    assert recipe.model.backbone == PTv3Config(patch_size=64, mlp_ratio=2)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    overrides = ["model.backbone.name=pointnext", "model.backbone.size=L"]
+    assert load_recipe("toy/ptv3", overrides, [folder]).model.backbone == PointNeXtConfig(size="L")
+    kept = load_recipe("toy/unet", ["model.backbone.name=sparse_unet"], [folder])
+    assert kept.model.backbone == SparseUNetConfig(layers=(1, 1), channels=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (
+            ["model.backbone.name=ptv"],
+            UnknownNameError,
+            r"model\.backbone\.name 'ptv'.*mean 'ptv3'",
+        ),
+        (["model.backbone.name=ptv3", "model.backbone.layers=[1]"], UnknownNameError, r"model\.backbone\.layers"),
+        (
+            ["model.backbone.name=ptv3", "model.backbone.patch_size=x"],
+            UsageError,
+            r"patch_size: .*'x'",
+        ),
+        (["model.backbone=3"], UsageError, r"model\.backbone: .*got 3"),
+    ],
+)
+def test_settings_are_those_of_the_named_backbone(
+    folder: Path, overrides: list[str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load_recipe("toy/base", overrides, [folder])

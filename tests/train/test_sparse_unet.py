@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from unets import unet_rows
 
 from ditr_cache.errors import UsageError
 from ditr_train.models.backbone import NoTerms
@@ -15,6 +14,7 @@ from ditr_train.models.row_norm import RowNorm
 from ditr_train.models.sparse_conv import sparse_tensor
 from ditr_train.models.sparse_unet import SparseUNet
 from ditr_train.models.sparse_unet_config import SparseUNetConfig
+from unets import unet_rows
 
 SMALL = SparseUNetConfig(stem_channels=4, channels=(4, 6, 8, 8, 8, 6, 6, 5), layers=(1, 2, 1, 1, 1, 1, 1, 2))
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from unets import unet_rows
 
 from ditr_cache.errors import DataError
 from ditr_train.models import sparse_backend
@@ -18,6 +17,7 @@ from ditr_train.models.index_pairs import strided_pairs, submanifold_pairs
 from ditr_train.models.sparse_conv import SparseConv3d, SparseInverseConv3d, SubMConv3d, sparse_tensor
 from ditr_train.models.sparse_unet import SparseUNet
 from ditr_train.models.sparse_unet_config import SparseUNetConfig
+from unets import unet_rows
 
 SMALL = SparseUNetConfig(stem_channels=4, channels=(4, 6, 8, 8, 8, 6, 6, 5), layers=(1, 2, 1, 1, 1, 1, 1, 2))
 CELL = 1 << SMALL.num_stages

@@ -70,6 +70,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert_same_run(whole, tmp_path / "run")
 
 
+def test_micro_batches_set_the_accumulation(tiny_cache: Path, tmp_path: Path) -> None:
+    settings = {"data__mix_prob": 0.0, "data__batch_size": 4}
+    train(recipe(tiny_cache, **settings, data__micro_batch=1), tmp_path / "micro", device="cpu", quiet=True)
+    train(recipe(tiny_cache, **settings, training__accumulation=4), tmp_path / "run", device="cpu", quiet=True)
+    assert_same_run(tmp_path / "micro", tmp_path / "run")
+
+
 def test_resume_with_accumulation(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"training__accumulation": 2, "data__mix_prob": 0.0, "training__clip_grad": 1.0}
     train(recipe(tiny_cache, **settings), tmp_path / "whole", device="cpu", quiet=True)

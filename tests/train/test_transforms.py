@@ -1,7 +1,14 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
 from ditr_cache.errors import UnknownNameError, UsageError
 from ditr_train.data.sample import PointSample
@@ -20,6 +27,7 @@ def sample(n: int = N, seed: int = 0) -> PointSample:
         normal=(normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
         strength=rng.random(n).astype(np.float32),
         segment=rng.integers(-1, 5, n),
+        instance=rng.integers(-1, 6, n),
         row=np.arange(n),
     )
 
@@ -28,10 +36,19 @@ def run(name: str, points: PointSample | None = None, seed: int = 0, **args: obj
     return build_transform(name, args)(points or sample(), np.random.default_rng(seed))
 
 
+ARGS: dict[str, dict[str, object]] = {
+    "SphereCrop": {"point_max": 150},
+    "ChromaticNormalize": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]},
+    "PointClip": {"low": [-0.5, -0.5, 0], "high": [1, 1, 1]},
+    "PointClipDistance": {"radius": 1.0, "low": -0.5, "high": 0.5},
+}
+"""Arguments of the transforms that have no default for them."""
+
+
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 @pytest.mark.parametrize("seed", range(4))
 def test_points_keep_what_belongs_to_them(name: str, seed: int) -> None:
-    args = {"point_max": 150} if name == "SphereCrop" else {}
+    args = ARGS.get(name, {})
     before = sample()
     copy = {k: None if v is None else np.array(v) for k, v in vars(before).items()}
     after = build_transform(name, args)(before, np.random.default_rng(seed))
@@ -39,23 +56,26 @@ def test_points_keep_what_belongs_to_them(name: str, seed: int) -> None:
         assert np.array_equal(getattr(before, key), value)
     row = after.row
     assert (np.diff(row) > 0).all()
-    # Labels and strength never change; they show that every array was gathered alike.
-    assert np.array_equal(after.segment, before.segment[row]) and np.array_equal(after.strength, before.strength[row])
+    # Instances and strength never change; they show that every array was gathered alike. A label may go, never change.
+    assert np.array_equal(after.instance, before.instance[row]) and np.array_equal(after.strength, before.strength[row])
+    kept = after.segment == before.segment[row]
+    assert kept.all() or (name == "InstanceLabelDrop" and (after.segment[~kept] == -1).all())
     assert len(after.coord) == len(after.color) == len(after.normal) == len(row)
     for array, dtype in ((after.coord, np.float32), (after.color, np.float32), (after.normal, np.float32)):
         assert array.dtype == dtype and np.isfinite(array).all()
     if name.startswith("Chromatic"):
         assert np.array_equal(after.coord, before.coord[row])
-        assert after.color.min() >= 0 and after.color.max() <= 255.001
+        assert name == "ChromaticNormalize" or (after.color.min() >= 0 and after.color.max() <= 255.001)
     else:
-        assert np.array_equal(after.color, before.color[row])
+        black = (after.color == 0).all(axis=1) if name == "InstanceColorDrop" else np.zeros(len(row), bool)
+        assert np.array_equal(after.color[~black], before.color[row][~black])
     again = build_transform(name, args)(before, np.random.default_rng(seed))
     assert np.array_equal(again.coord, after.coord) and np.array_equal(again.color, after.color)
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 def test_optional_channels_may_be_absent(name: str) -> None:
-    args = {"point_max": 10} if name == "SphereCrop" else {}
+    args = ARGS.get(name, {})
     bare = PointSample(name="s", coord=sample().coord)
     after = build_transform(name, args)(bare, np.random.default_rng(1))
     assert after.color is None and after.normal is None and after.row is None
@@ -157,6 +177,13 @@ def test_bad_settings_name_the_nearest() -> None:
         build_transform("RandomFlip", {"p": 1.5})
     with pytest.raises(UsageError, match="point_max or rate"):
         build_transform("SphereCrop", {})
+    for name, args in (
+        ("PointClip", {"low": [0, 0, 0], "high": [1, 1, 0]}), ("PointClipDistance", {"radius": 0, "low": 0, "high": 1}),
+        ("ChromaticNormalize", {"mean": [0, 0, 0], "std": [1, 0, 1]}), ("RandomShift", {"metres": [0, -1, 0]}),
+        ("InstanceScale", {"low": 0}), ("InstanceFlip", {"flip": 2}), ("InstanceLabelDrop", {"p": -1}),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=f"{name}.*expected"):
+            build_transform(name, args)
     with pytest.raises(UsageError, match="granularities"):
         build_transform("ElasticDistortion", {"levels": [[0, 1]]})
 
@@ -166,3 +193,143 @@ def test_a_list_is_applied_in_order() -> None:
     assert np.ptp(apply(steps, sample(), np.random.default_rng(0)).coord[:, 0]) == pytest.approx(
         2 * np.ptp(sample().coord[:, 0]), rel=1e-5
     )
+
+
+def test_anisotropic_scale_keeps_normals_on_their_surfaces() -> None:
+    before = sample()
+    assert before.normal is not None
+    before.normal[0] = 0  # not known
+    after = run("RandomScale", before, anisotropic=True, low=0.5, high=2)
+    factor = after.coord / before.coord
+    assert np.allclose(factor, factor[0], rtol=1e-4) and len(set(factor[0].round(3))) == 3
+    # Two directions within the plane of each normal, scaled, are still at right angles to the new normal.
+    for axis in np.eye(3, dtype=np.float32):
+        along = np.cross(before.normal, axis) * factor[0]
+        assert np.allclose((along * after.normal).sum(axis=1), 0, atol=1e-5)
+    assert np.allclose(np.linalg.norm(after.normal[1:], axis=1), 1, atol=1e-5) and not after.normal[0].any()
+    alike = run("RandomScale", low=0.5, high=2).coord / sample().coord
+    assert np.allclose(alike, alike[0, 0], rtol=1e-4)
+
+
+def test_shift_moves_all_points_alike_within_its_limits() -> None:
+    moves = np.array([(run("RandomShift", seed=s, metres=[0.1, 0.2, 0]).coord - sample().coord) for s in range(20)])
+    assert np.allclose(moves, moves[:, :1], atol=1e-6) and np.allclose(moves[..., 2], 0)
+    assert (np.abs(moves[:, 0]).max(axis=0) <= [0.1, 0.2, 0]).all() and (
+        np.abs(moves[:, 0]).max(axis=0)[:2] > 0.05
+    ).all()
+
+
+def test_flip_of_one_axis() -> None:
+    assert np.array_equal(run("RandomFlip", p=1, axes="x").coord, sample().coord * [-1, 1, 1])
+    assert np.array_equal(run("RandomFlip", p=1, axes="y").normal, sample().normal * [1, -1, 1])
+
+
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 20), st.just(3)), elements=st.floats(-200, 200, width=32)),
+    st.floats(0.5, 100),
+)
+def test_clips_equal_their_definitions(coord: NDArray[np.float32], limit: float) -> None:
+    points = PointSample(name="s", coord=coord)
+    low, high = [-limit, -2 * limit, -4], [limit, 2 * limit, 2]
+    boxed = run("PointClip", points, low=low, high=high).coord
+    pulled = run("PointClipDistance", points, radius=limit, low=-4, high=2).coord
+    assert boxed.dtype == pulled.dtype == np.float32
+    for before, in_box, in_ball in zip(coord.astype(np.float64), boxed, pulled, strict=True):
+        assert np.allclose(in_box, [min(max(v, a), b) for v, a, b in zip(before, low, high, strict=True)], rtol=1e-5)
+        distance = math.sqrt(sum(before**2))
+        expected = before * (limit / distance if distance > limit else 1)
+        expected[2] = min(max(expected[2], -4), 2)
+        assert np.allclose(in_ball, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_colors_are_dropped_and_normalised() -> None:
+    assert not run("ChromaticDrop", p=1).color.any()
+    assert np.array_equal(run("ChromaticDrop", p=0).color, sample().color)
+    after = run("ChromaticNormalize", mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
+    expected = (sample().color / 255.0 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]
+    assert np.allclose(after.channels(["color"]), expected, atol=1e-5)
+
+
+def test_height_is_above_the_lowest_point() -> None:
+    points = sample()
+    fed = points.channels(["height", "strength", "coord"])
+    assert fed.shape == (N, 5) and fed.dtype == np.float32
+    assert np.array_equal(fed[:, 0], points.coord[:, 2] - points.coord[:, 2].min()) and fed[:, 0].min() == 0
+
+
+def members(points: PointSample) -> dict[int, NDArray[np.bool_]]:
+    return {number: points.instance == number for number in range(6)}
+
+
+def test_instances_move_as_rigid_bodies() -> None:
+    before = sample()
+    for name, args in (
+        ("InstanceShift", {"metres": [0.3, 0.2, 0.1]}), ("InstanceRotate", {"degrees": 45}),
+        ("InstanceFlip", {"flip": 1}), ("InstanceScale", {"low": 1.5, "high": 1.5}),
+    ):  # fmt: skip
+        after = run(name, p=1, **args)
+        assert np.array_equal(after.coord[before.instance < 0], before.coord[before.instance < 0])
+        for mask in members(before).values():
+            old, new = (c.coord[mask].astype(np.float64) for c in (before, after))
+            moved = new.mean(axis=0) - old.mean(axis=0)
+            if name == "InstanceShift":
+                assert np.allclose(new - old, moved, atol=1e-5) and (np.abs(moved) < [0.3001, 0.2001, 0.1001]).all()
+                assert np.abs(moved).max() > 0.001
+                continue
+            assert np.allclose(moved, 0, atol=1e-5)
+            old, new = old - old.mean(axis=0), new - new.mean(axis=0)
+            if name == "InstanceScale":
+                assert np.allclose(new, 1.5 * old, atol=1e-5)
+            elif name == "InstanceFlip":
+                assert np.allclose(new, old * [-1, -1, 1], atol=1e-5)
+                assert np.array_equal(after.normal[mask], before.normal[mask] * [-1, -1, 1])
+            else:
+                turn = np.linalg.lstsq(old, new, rcond=None)[0].T
+                assert np.allclose(turn @ turn.T, np.eye(3), atol=1e-4) and np.allclose(turn[2], [0, 0, 1], atol=1e-4)
+                assert abs(np.degrees(np.arctan2(turn[1, 0], turn[0, 0]))) <= 45.01
+                assert np.allclose(after.normal[mask], before.normal[mask] @ turn.T, atol=1e-4)
+
+
+def test_instances_are_chosen_one_by_one() -> None:
+    before, counts = sample(), np.zeros(6)
+    for seed in range(200):
+        after = run("InstanceShift", seed=seed, p=0.3)
+        for number, mask in members(before).items():
+            moved = (after.coord[mask] != before.coord[mask]).any(axis=1)
+            assert moved.all() or not moved.any()
+            counts[number] += moved.any()
+    assert (np.abs(counts / 200 - 0.3) < 0.12).all()
+
+
+def test_instances_without_a_label_are_left_alone() -> None:
+    points = sample()
+    points.segment[points.instance == 2] = -1
+    after = run("InstanceShift", points, p=1)
+    moved = (after.coord != points.coord).any(axis=1)
+    assert set(points.instance[~moved]) == {-1, 2} and set(points.instance[moved]) == {0, 1, 3, 4, 5}
+    # Distillation has no labels at all.
+    unlabelled = replace(points, segment=None)
+    assert set(points.instance[(run("InstanceShift", unlabelled, p=1).coord == points.coord).all(axis=1)]) == {-1}
+
+
+def test_instances_swap_places_in_pairs() -> None:
+    before, after = sample(), run("InstanceSwap", p=1)
+    partner = {}
+    for number, mask in members(before).items():
+        old, new = before.coord[mask].mean(axis=0), after.coord[mask].mean(axis=0)
+        assert np.allclose(after.coord[mask] - before.coord[mask], new - old, atol=1e-5)
+        at = [k for k, m in members(before).items() if np.allclose(before.coord[m].mean(axis=0), new, atol=1e-4)]
+        assert len(at) == 1
+        partner[number] = at[0]
+    assert all(partner[partner[n]] == n != partner[n] for n in partner)
+    assert np.array_equal(run("InstanceSwap", p=0).coord, before.coord)
+
+
+def test_labels_and_colors_of_instances_are_dropped() -> None:
+    before, after = sample(), run("InstanceLabelDrop", p=1, ratio=0.5)
+    for mask in members(before).values():
+        gone = (after.segment[mask] == -1) & (before.segment[mask] >= 0)
+        chosen = int(mask.sum() * 0.5)  # some of the chosen ones had no label before
+        assert 0 < gone.sum() <= chosen <= (after.segment[mask] == -1).sum()
+    black = ~run("InstanceColorDrop", p=1).color.any(axis=1)
+    assert np.array_equal(black, before.instance >= 0)

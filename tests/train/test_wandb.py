@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ditr_cache.errors import UsageError
-from ditr_train.recipe import TrackingConfig, WandbConfig, differing_keys, parse_recipe
+from ditr_train.recipe import differing_keys, parse_recipe
+from ditr_train.recipe_sections import TrackingConfig, WandbConfig
 from ditr_train.run_folder import is_free
 from ditr_train.tracking import Tracker, read_metrics
 from ditr_train.wandb_run import require_wandb
