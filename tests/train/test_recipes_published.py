@@ -252,6 +252,16 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_runs_are_evaluated_as_often_as_published(name: str) -> None:
+    """100 times indoors, where Pointcept's `epoch` is cut into `eval_epoch` parts, and after each epoch outdoors."""
+    training = shipped(name).training
+    if name.partition("/")[0] in (*LIDAR, "outdoor"):
+        assert training.evaluate_every == 1
+    else:
+        assert training.epochs == 100 * training.evaluate_every
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_are_the_published_ones(name: str) -> None:
     assert settings(shipped(name)) == SETTINGS[name]
