@@ -13,18 +13,22 @@ from numpy.typing import NDArray
 
 from ditr_cache.errors import StorageError
 from ditr_cache.store import open_cache
+from ditr_train.data.chromatic import ChromaticNormalize
 from ditr_train.data.dataset import VoxelSample
 from ditr_train.data.loader import collate
 from ditr_train.data.sample import PointSample
-from ditr_train.data.transforms import center
+from ditr_train.data.spatial import center
+from ditr_train.data.transforms import Transform, apply
 from ditr_train.data.voxelize import voxelize
 from ditr_train.distributed import autocast
 from ditr_train.pointcloud.cloud import PointCloud
 from ditr_train.pointcloud.normals import estimate_normals
 from ditr_train.pointcloud.output import OutputFiles, output_bytes
+from ditr_train.pointcloud.placed import PlacedCloud
 from ditr_train.pointcloud.spill import Spill, record_dtype
 from ditr_train.pointcloud.survey import CHUNK, Survey, survey
 from ditr_train.pointcloud.tiles import TilePlan, Tiling, plan_tiles
+from ditr_train.recipe import Recipe
 from ditr_train.trained import TrainedRun
 
 Phase = Callable[[str, int], Callable[[int], None]]
@@ -65,8 +69,8 @@ class _Frame:
 
     Args:
         origin: [T, 3] float64 metres, of each tile; whole voxels from each other.
-        cells: [T, 3] int64, the same in voxels from the cloud's middle.
-        low: [3] int64, the lowest voxel of the cloud, from its middle.
+        cells: [T, 3] int64, the same in voxels from the cloud's middle, or from its origin where it is not centred.
+        low: [3] int64, the lowest voxel of the cloud, from there.
     """
 
     origin: NDArray[np.float64]
@@ -74,12 +78,15 @@ class _Frame:
     low: NDArray[np.int64]
 
     @classmethod
-    def of(cls, found: Survey, plan: TilePlan, grid_size: float) -> _Frame:
-        """The frame of a cloud. That of one tile is `center`, as in training: the middle of x and y, the lowest z."""
+    def of(cls, found: Survey, plan: TilePlan, grid_size: float, *, centred: bool) -> _Frame:
+        """The frame of a cloud. That of one tile is `center`, as in training: the middle of x and y, the lowest z.
+
+        All tiles of a cloud that is not centred are in its own frame.
+        """
         low, high = found.low, found.high
-        middle = np.array([*(low[:2] + high[:2]) / 2, low[2]], low.dtype).astype(np.float64)
+        middle = np.array([*(low[:2] + high[:2]) / 2, low[2]], low.dtype).astype(np.float64) if centred else np.zeros(3)
         cells = np.zeros((len(plan.tiles), 3), np.int64)
-        if len(plan.tiles) > 1:
+        if centred and len(plan.tiles) > 1:
             centers = np.array([tile.center for tile in plan.tiles])
             cells[:, :2] = np.rint((centers - middle[:2]) / grid_size)
         local_low = (low.astype(np.float64) - middle).astype(np.float32)
@@ -101,7 +108,7 @@ def predict_cloud(
     """Predict every point of a file, in memory that does not depend on their number.
 
     Args:
-        run: a network that reads points only.
+        run: a network that reads points only, and that moves none of them at test time where it centres them.
         cloud: has the channels that the network reads; normals may be missing where they are estimated.
         tiling: how it is cut.
         folder, stem: of the files that are written.
@@ -115,18 +122,20 @@ def predict_cloud(
         StorageError: not enough space, or files that cannot be written.
     """
     classes = len(run.info.class_names)
-    found = survey(cloud, tiling.cell_size, tiling.grid_size, phase("reading", cloud.count))
+    data = run.recipe.data
+    seen = cloud if data.center else PlacedCloud(cloud, moving_at_test(run.recipe), tiling.grid_size)
+    found = survey(seen, tiling.cell_size, tiling.grid_size, phase("reading", cloud.count))
     plan = plan_tiles(found.cells, tiling)
-    frame = _Frame.of(found, plan, tiling.grid_size)
-    estimate = "normal" in run.recipe.data.feat and "normal" not in cloud.channels
-    channels = [name for name in run.recipe.data.feat if name in cloud.channels]
+    frame = _Frame.of(found, plan, tiling.grid_size, centred=data.center)
+    estimate = "normal" in data.feat and "normal" not in cloud.channels
+    channels = [name for name in data.feat if name in cloud.channels]
     spilled = sum(tile.points for tile in plan.tiles) * record_dtype(channels).itemsize
     results = output_bytes(cloud.count, classes, cloud.coord_dtype, softmax=softmax)
     _require_space(cloud, ((folder, results), (tmp, spilled)))
     per_class = np.zeros(classes, np.int64)
     with OutputFiles(folder, stem, cloud.count, classes, softmax=softmax) as files:
         with Spill(plan, channels, frame.origin, tmp) as spill:
-            spill.fill(cloud, found, phase("sorting into tiles", cloud.count))
+            spill.fill(seen, found, phase("sorting into tiles", cloud.count))
             advance = phase("predicting", found.finite)
             for t, tile in enumerate(plan.tiles):
                 per_class += _predict_tile(
@@ -189,8 +198,7 @@ def _predict_tile(
     if normals is not None:
         viewpoint = None if normals.viewpoint is None else np.array(normals.viewpoint) - frame.origin[tile]
         points = replace(points, normal=estimate_normals(points.coord, viewpoint))
-    at_floor = replace(points, coord=points.coord - np.array([0, 0, low[2]], np.float32))
-    label, probability = _classify(run, _network_sample(at_floor, grid_coord, run.recipe.data.feat))
+    label, probability = _classify(run, _network_sample(points, low, grid_coord, run.recipe))
     per_class = np.zeros(probability.shape[1], np.int64)
     for some in spill.read(tile):
         core = some.position >= 0
@@ -220,14 +228,25 @@ def _joined(first: PointSample, second: PointSample) -> PointSample:
     return replace(first, **joined)  # type: ignore[arg-type]
 
 
-def _network_sample(points: PointSample, grid_coord: NDArray[np.int32], feat: Sequence[str]) -> VoxelSample:
-    """Voxels as the network sees them in evaluation."""
-    points = center(points, apply_z=False)
+def moving_at_test(recipe: Recipe) -> tuple[Transform, ...]:
+    """The transforms of `data.at_test` that move points; the others change colours."""
+    return tuple(t for t in recipe.data.reading()["at_test"] if not isinstance(t, ChromaticNormalize))
+
+
+def _network_sample(
+    points: PointSample, low: NDArray[np.float32], grid_coord: NDArray[np.int32], recipe: Recipe
+) -> VoxelSample:
+    """Voxels of a tile as the network sees them in evaluation; `low` [3] is the lowest corner of all its points."""
+    if recipe.data.center:
+        points = replace(points, coord=points.coord - np.array([0, 0, low[2]], np.float32))
+        points = center(points, apply_z=False)
+    colors = [t for t in recipe.data.reading()["at_test"] if isinstance(t, ChromaticNormalize)]
+    points = apply(colors, points, np.random.default_rng(0))
     return VoxelSample(
         name=points.name,
         coord=points.coord,
         grid_coord=grid_coord,
-        feat=points.channels(feat),
+        feat=points.channels(recipe.data.feat),
         segment=None,
     )
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ditr_cache.errors import MismatchError, MissingDataError
 from ditr_train.checkpoint import load_checkpoint, used_weights
+from ditr_train.data.transforms import Transform
 from ditr_train.foreign.files import read_public_file
 from ditr_train.foreign.networks import public_network
 from ditr_train.foreign.pairs import PublicNetwork
@@ -109,11 +110,7 @@ def _from_run(model: nn.Module, init: str, recipe: Recipe) -> Initialised:
                 f"{where} is of another backbone: model.backbone.{name} is {_shown(theirs.get(name))} there and "
                 f"{_shown(value)} in this recipe; make them equal"
             )
-    if recipe.data.feat != other.data.feat:
-        raise MismatchError(
-            f"{where} reads other input channels: data.feat is {_shown(other.data.feat)} there and "
-            f"{_shown(recipe.data.feat)} in this recipe; make them equal"
-        )
+    _check_input(where, recipe, other)
     state = load_checkpoint(checkpoint)
     given = {name: value for name, value in used_weights(state).items() if not name.startswith(HEAD)}
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(HEAD)}
@@ -146,6 +143,32 @@ def _from_run(model: nn.Module, init: str, recipe: Recipe) -> Initialised:
         parameters=sum(p.numel() for p in loaded),
         fresh=tuple(name for name, _ in model.named_parameters() if name.startswith(HEAD)),
     )
+
+
+def _check_input(where: str, recipe: Recipe, other: Recipe) -> None:
+    """Raise `MismatchError` where the network of another recipe reads something else of a sample; warn where it reads
+    the same of other points, as from one dataset to another."""
+    if recipe.data.feat != other.data.feat:
+        raise MismatchError(
+            f"{where} reads other input channels: data.feat is {_shown(other.data.feat)} there and "
+            f"{_shown(recipe.data.feat)} in this recipe; make them equal"
+        )
+    if recipe.data.center != other.data.center:
+        raise MismatchError(
+            f"{where} reads points in another frame: data.center is {str(other.data.center).lower()} there and "
+            f"{str(recipe.data.center).lower()} in this recipe; make them equal"
+        )
+    theirs = _at_test(other)
+    for ours in _at_test(recipe):
+        if ours not in theirs:
+            shown = " or ".join(map(_shown, theirs))
+            log.warning("%s was trained with data.at_test %s, this run has %s", where, shown, _shown(ours))
+
+
+def _at_test(recipe: Recipe) -> list[tuple[Transform, ...]]:
+    """`data.at_test` of a recipe, built; of one with several sources, that of each."""
+    parts = [source.data(recipe.data) for source in recipe.sources] or [recipe.data]
+    return [part.reading()["at_test"] for part in parts]
 
 
 def _from_public_file(model: nn.Module, init: str, recipe: Recipe) -> Initialised:

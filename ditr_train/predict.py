@@ -17,7 +17,7 @@ from ditr_cache.errors import (
     UsageError,
 )
 from ditr_cache.store import open_cache
-from ditr_train.inference import Normals, Outcome, predict_cached, predict_cloud
+from ditr_train.inference import Normals, Outcome, moving_at_test, predict_cached, predict_cloud
 from ditr_train.pointcloud.cloud import PointCloud
 from ditr_train.pointcloud.output import ENDINGS, require_folder
 from ditr_train.pointcloud.progress import PredictProgress
@@ -149,7 +149,7 @@ def _source(run: TrainedRun, given: str) -> PointCloud | str:
 
 
 def _check_network(run: TrainedRun, cloud: PointCloud, run_dir: str | Path, normals: Normals | None) -> None:
-    """Raise where a network cannot be used on a file: it needs images, or a channel that the file lacks."""
+    """Raise where a network cannot be used on a file: it needs images, one centre, or a channel that the file lacks."""
     vfm = run.info.vfm
     if vfm is not None:
         raise UsageError(
@@ -157,7 +157,13 @@ def _check_network(run: TrainedRun, cloud: PointCloud, run_dir: str | Path, norm
             f"does not have; extract points and images with `ditr-cache extract --vfm {vfm['name']} --out CACHE ...` "
             "and name a sample's id with --cache CACHE, or use a plain, or a distilled and fine-tuned network"
         )
-    lacking = [name for name in run.recipe.data.feat if name not in cloud.channels]
+    if run.recipe.data.center and (moving := moving_at_test(run.recipe)):
+        raise UsageError(
+            f"{cloud.path}: the network of {str(run_dir)!r} reads centred points that {type(moving[0]).__name__} "
+            "(data.at_test) moves, and a file is predicted in tiles with centres of their own; extract the dataset "
+            "into a cache and name a sample's id with --cache CACHE, or use a network with data.center off"
+        )
+    lacking = [name for name in run.recipe.data.feat if name not in (*cloud.channels, "height")]
     if normals is not None:
         lacking = [name for name in lacking if name != "normal"]
     if lacking:

@@ -41,6 +41,8 @@ class VoxelSample:
         inverse: [M] int64, evaluation only: each point's voxel.
         full_segment: [M] int64, evaluation only: the labels of all points.
         source_index: [M] int64, evaluation only: each point's position in the dataset's own order.
+        origin: [3] int64, training only: the voxel of grid coordinate 0, counted from that of coordinate 0; None where
+            samples are centred, each in a frame of its own.
     """
 
     name: str
@@ -54,6 +56,7 @@ class VoxelSample:
     inverse: NDArray[np.int64] | None = None
     full_segment: NDArray[np.int64] | None = None
     source_index: NDArray[np.int64] | None = None
+    origin: NDArray[np.int64] | None = None
 
 
 class CachedDataset:
@@ -147,12 +150,13 @@ class CachedDataset:
         stored, points = self.read(index, rng)
         points = apply(self.transforms, self._centred(points), rng)
         voxels = voxelize(points.coord, self.grid_size, rng)
-        points, grid_coord = points.take(voxels.pick), voxels.grid_coord
+        points, grid_coord, origin = points.take(voxels.pick), voxels.grid_coord, voxels.origin
         for crop in self.crops:
             if (keep := crop.keep(points.coord, rng)) is not None:
                 points, grid_coord = points.take(keep), grid_coord[keep]
-                grid_coord -= grid_coord.min(axis=0)
-        return self._sample(stored, points, grid_coord)
+                low = grid_coord.min(axis=0)
+                grid_coord, origin = grid_coord - low, origin + low
+        return replace(self._sample(stored, points, grid_coord), origin=None if self.centred else origin)
 
     def eval_sample(self, index: int) -> VoxelSample:
         """Sample `index` as it is, with `inverse` to all of its points. Raises as `train_sample`."""

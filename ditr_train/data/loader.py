@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from ditr_cache.errors import CacheError, StorageError, UsageError
-from ditr_train.data.dataset import VoxelSample
+from ditr_cache.errors import CacheError, DataError, StorageError, UsageError
+from ditr_train.data.dataset import MAX_INJECTED_EXTENT, VoxelSample
 from ditr_train.data.sample import FeatureRows, PointBatch
 from ditr_train.data.voxelize import group
 
@@ -194,16 +194,17 @@ class EvalBatches:
 
 
 def mix(first: VoxelSample, second: VoxelSample) -> VoxelSample:
-    """Mix3D: both samples in one room, their middles (x, y) and floors (z) on each other.
+    """Mix3D: both samples in one room, their middles (x, y) and floors (z) on each other, or sensor on sensor.
 
     The second is moved by whole voxels, so that both keep their voxels; of two that coincide the first one's stays,
     as a network needs unique voxels.
+
+    Raises:
+        DataError: samples that are not centred lie too far apart.
     """
-    low, high = first.grid_coord.min(axis=0), first.grid_coord.max(axis=0)
-    shift = (low + high - second.grid_coord.min(axis=0) - second.grid_coord.max(axis=0)) // 2
-    shift[2] = low[2] - second.grid_coord[:, 2].min()
-    grid_coord = np.concatenate([first.grid_coord, second.grid_coord + shift])
-    grid_coord -= grid_coord.min(axis=0)
+    grid_coord = np.concatenate([first.grid_coord, second.grid_coord + _shift(first, second)])
+    low = grid_coord.min(axis=0)
+    grid_coord -= low
     order, starts, _ = group(grid_coord)
     keep = np.sort(order[starts])
 
@@ -224,7 +225,27 @@ def mix(first: VoxelSample, second: VoxelSample) -> VoxelSample:
         table=joined("table"),
         scale=joined("scale"),
         row=row,
+        origin=None if first.origin is None or second.origin is None else first.origin + low,
     )
+
+
+def _shift(first: VoxelSample, second: VoxelSample) -> NDArray[np.int32]:
+    """[3] voxels by which the second sample moves to be mixed with the first."""
+    low, high = first.grid_coord.min(axis=0), first.grid_coord.max(axis=0)
+    other_low, other_high = second.grid_coord.min(axis=0), second.grid_coord.max(axis=0)
+    if first.origin is None or second.origin is None:
+        shift: NDArray[np.int32] = (low + high - other_low - other_high) // 2
+        shift[2] = low[2] - other_low[2]
+        return shift
+    # Their coordinates are in one frame already, and stay: grid coordinates follow.
+    between = second.origin - first.origin
+    extent = int((np.maximum(high, other_high + between) - np.minimum(low, other_low + between)).max()) + 1
+    if extent > MAX_INJECTED_EXTENT:
+        raise DataError(
+            f"samples {first.name!r} and {second.name!r} reach over {extent} voxels in one frame, and mixed ones may "
+            f"over {MAX_INJECTED_EXTENT}: they are not in the frame of a sensor; set data.center, or data.mix_prob to 0"
+        )
+    return between.astype(np.int32)
 
 
 def collate(samples: Sequence[VoxelSample]) -> PointBatch:

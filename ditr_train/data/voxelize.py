@@ -16,11 +16,13 @@ class Voxels:
 
     Args:
         grid_coord: [V, 3] int32, unique, shifted so that the smallest coordinate of each axis is 0.
+        origin: [3] int64, the voxel of grid coordinate 0, counted from that of coordinate 0.
         pick: [V] int64, the point that stands for the voxel.
         inverse: [N] int64, the voxel of each point.
     """
 
     grid_coord: NDArray[np.int32]
+    origin: NDArray[np.int64]
     pick: NDArray[np.int64]
     inverse: NDArray[np.int64]
 
@@ -38,13 +40,13 @@ def voxelize(coord: NDArray[np.floating], grid_size: float, rng: np.random.Gener
         UsageError: a grid size that is not positive.
         DataError: no points, coordinates that are not finite, or an extent of more than 2**21 voxels along an axis.
     """
-    grid = _cells(coord, grid_size)
+    grid, origin = _cells(coord, grid_size)
     order, starts, inverse = group(grid)
     counts = np.diff(starts, append=len(grid))
     # Stable sorting keeps the first point of a voxel in front.
     chosen = starts if rng is None else starts + (rng.random(len(starts)) * counts).astype(np.int64)
     pick = order[chosen]
-    return Voxels(grid_coord=grid[pick].astype(np.int32), pick=pick, inverse=inverse)
+    return Voxels(grid_coord=grid[pick].astype(np.int32), origin=origin, pick=pick, inverse=inverse)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class Fragments:
 
 def fragments(coord: NDArray[np.floating], grid_size: float) -> Fragments:
     """Fragments of the official test protocol; fragment 0 is `voxelize` in test mode. Arguments and errors as there."""
-    grid = _cells(coord, grid_size)
+    grid, _ = _cells(coord, grid_size)
     order, starts, _ = group(grid)
     return Fragments(
         grid_coord=grid[order[starts]].astype(np.int32),
@@ -84,8 +86,8 @@ def fragments(coord: NDArray[np.floating], grid_size: float) -> Fragments:
     )
 
 
-def _cells(coord: NDArray[np.floating], grid_size: float) -> NDArray[np.int64]:
-    """[N, 3] int64 grid coordinate of each point, the smallest of each axis at 0."""
+def _cells(coord: NDArray[np.floating], grid_size: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[N, 3] int64 grid coordinate of each point, the smallest of each axis at 0; and [3] what that is counted from."""
     if not grid_size > 0:
         raise UsageError(f"voxelize: expected a positive grid size in metres, got {grid_size}")
     if len(coord) == 0:
@@ -99,7 +101,7 @@ def _cells(coord: NDArray[np.floating], grid_size: float) -> NDArray[np.int64]:
             f"voxelize: an extent of {extent.tolist()} voxels of {grid_size} m is not finite or exceeds {MAX_EXTENT} "
             "along an axis; remove outliers or raise data.grid_size"
         )
-    return (cell - low).astype(np.int64)
+    return (cell - low).astype(np.int64), low.astype(np.int64)
 
 
 MAX_EXTENT = 2**21

@@ -150,6 +150,15 @@ def test_lidar_keeps_the_frame_of_its_sensor(tiny_cache: Path) -> None:
     assert data.eval_sample(0).coord.min() > 4  # conftest's rooms stand 5 m and more from the origin
 
 
+@pytest.mark.parametrize("crops", [{}, {"crop_rate": 0.5}, {"crop_rate": 0.8, "point_max": 40}])
+def test_training_samples_know_where_their_voxels_are(tiny_cache: Path, crops: dict[str, object]) -> None:
+    sample = dataset(tiny_cache, vfm=None, centred=False, **crops).train_sample(1, np.random.default_rng(1))
+    assert sample.origin is not None and (sample.origin > 40).all()
+    np.testing.assert_array_equal(sample.grid_coord + sample.origin, np.floor(sample.coord.astype(np.float64) / GRID))
+    # Centred ones are in frames of their own.
+    assert dataset(tiny_cache, vfm=None, **crops).train_sample(1, np.random.default_rng(1)).origin is None
+
+
 def test_what_is_evaluated_is_transformed_at_test_alone(tiny_cache: Path) -> None:
     low, high = [9.2, 9.2, 9.1], [10.0, 10.5, 9.4]
     clip = build_transform("PointClip", {"low": low, "high": high})

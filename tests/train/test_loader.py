@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditr_cache.errors import CorruptCacheError, StorageError, UsageError
+from ditr_cache.errors import CorruptCacheError, DataError, StorageError, UsageError
 from ditr_cache.store import open_cache
 from ditr_train.data.dataset import CachedDataset, VoxelSample
 from ditr_train.data.loader import BatchLoader, EvalBatches, TrainBatches, TrainPlan, accumulation_steps, collate, mix
 from ditr_train.data.sample import PointBatch
 from ditr_train.data.transforms import build_transform
+from ditr_train.data.voxelize import voxelize
 
 
 @pytest.fixture
@@ -188,6 +190,58 @@ def test_mix_puts_middles_on_each_other_and_keeps_voxels_unique() -> None:
     assert (mixed.table[mixed.row[seen], 0] == mixed.segment[seen]).all() and seen.sum() == 4
     same_place = mix(a, a)
     assert len(same_place.coord) == 3 and same_place.row is not None and same_place.row.tolist() == [0, 1, -1]
+
+
+def in_frame(name: str, coord: np.ndarray) -> VoxelSample:
+    """A sample that is not centred, of points in voxels of 1 m."""
+    found = voxelize(coord, 1.0)
+    sample = voxels(name, found.grid_coord.tolist(), list(range(len(found.pick))))
+    return replace(sample, coord=coord[found.pick].astype(np.float32), origin=found.origin)
+
+
+@given(seed=st.integers(0, 10_000), far=st.sampled_from([0, 3, 500]))
+def test_mix_of_lidar_puts_sensor_on_sensor(seed: int, far: int) -> None:
+    rng = np.random.default_rng(seed)
+    a = in_frame("a", rng.uniform(-4, 3, (30, 3)))
+    b = in_frame("b", rng.uniform(-2, 6, (40, 3)) + np.array([far, -far, 0]))
+    mixed = mix(a, b)
+    assert mixed.origin is not None and mixed.grid_coord.dtype == np.int32 and (mixed.grid_coord.min(axis=0) == 0).all()
+    # Coordinates are as they were, and the voxels are theirs.
+    np.testing.assert_array_equal(mixed.grid_coord + mixed.origin, np.floor(mixed.coord))
+    of = {name: {tuple(c) for c in np.floor(s.coord).tolist()} for name, s in (("a", a), ("b", b))}
+    assert len(mixed.coord) == len(of["a"] | of["b"])
+    assert mixed.row is not None and mixed.table is not None and mixed.segment is not None
+    assert (mixed.table[mixed.row, 0] == mixed.segment).all() and (mixed.feat[:, 0] == mixed.segment).all()
+    for coord, segment in zip(mixed.coord, mixed.segment, strict=True):
+        source = a if segment == ord("a") else b
+        assert (source.coord == coord).all(axis=1).any()
+        # Of two voxels that coincide the first sample's stays.
+        assert segment == ord("a") or tuple(np.floor(coord).tolist()) not in of["a"]
+
+
+def test_mix_refuses_samples_far_from_each_other() -> None:
+    at = np.zeros((1, 3))
+    for far in (2**16, 2.0**40):
+        with pytest.raises(DataError, match=rf"'a' and 'b' reach over {int(far) + 1} voxels .* data\.mix_prob"):
+            mix(in_frame("a", at), in_frame("b", at - [0, far, 0]))
+    assert mix(in_frame("a", at), in_frame("b", at - [0, 2**16 - 1, 0])).grid_coord.max() == 2**16 - 1
+
+
+def test_mixed_training_samples_of_lidar_keep_their_frame(tiny_cache: Path) -> None:
+    augment = [build_transform("RandomJitter", {})]
+    data = CachedDataset(
+        open_cache(tiny_cache), "train", grid_size=0.1, feat=("coord",), vfm="fake", transforms=augment, centred=False,
+        crop_rate=0.7, point_max=300,
+    )  # fmt: skip
+    batch = TrainBatches(data, seed=5, mix_prob=1.0)[next(TrainPlan(sizes=(4,), batch_size=4, seed=5).batches(0, 1))]
+    assert len(batch.offset) == 2
+    first = int(batch.offset[0])
+    for part in (slice(0, first), slice(first, None)):
+        coord, grid = batch.coord[part], batch.grid_coord[part]
+        cell = np.floor(coord.numpy().astype(np.float64) / 0.1)
+        np.testing.assert_array_equal(grid.numpy(), cell - cell.min(axis=0))
+        assert coord.min() > 4  # conftest's rooms stand 5 m and more from the origin
+    assert torch.equal(batch.feat, batch.coord)
 
 
 def test_mixed_batches_are_smaller(data: CachedDataset) -> None:

@@ -32,7 +32,8 @@ from ditr_cache.errors import (
     UnwritableError,
     UsageError,
 )
-from ditr_cache.store import open_cache
+from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo
+from ditr_cache.store import CacheWriter, open_cache
 from ditr_train import inference
 from ditr_train.checkpoint import save_checkpoint
 from ditr_train.cli import main
@@ -49,7 +50,7 @@ from ditr_train.trainer import train
 
 CLASSES = ("floor", "wall", "picture")
 COLORS = ((0, 90, 200), (40, 90, 200), (80, 90, 200))
-WIDTH = {"coord": 3, "color": 3, "normal": 3, "strength": 1}
+WIDTH = {"coord": 3, "color": 3, "normal": 3, "strength": 1, "height": 1}
 
 
 def recipe(feat: tuple[str, ...], **values: Any) -> Any:
@@ -328,6 +329,124 @@ def test_injection_needs_a_cached_sample(tiny_cache: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
     expected = predict_sample(load_run(tmp_path / "run", device="cpu"), "room04")
     np.testing.assert_array_equal(labels(tmp_path / "run", "room04", tmp_path / "out"), expected)
+
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "PointClip": {"low": [-7, -5, -1.5], "high": [7, 5, 0.6]},
+    "PointClipDistance": {"radius": 7, "low": -1.5, "high": 0.6},
+}
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A KITTI scan around its sensor, and a cache whose only sample has the same points."""
+    folder = tmp_path_factory.mktemp("scan")
+    rng = np.random.default_rng(3)
+    angle, radius = rng.random(5000) * 2 * np.pi, 1 + 11 * rng.random(5000)
+    coord = np.column_stack([radius * np.cos(angle) + 3, radius * np.sin(angle), 0.4 * rng.random(5000) * radius - 2])
+    coord, strength = coord.astype(np.float32), rng.random(5000, dtype=np.float32)
+    np.column_stack([coord, strength]).tofile(folder / "000007.bin")
+    metadata = CacheMetadata(dataset="test", class_names=CLASSES, class_colors=COLORS, links=LinkSettings())
+    arrays = {
+        "coord": coord, "strength": strength, "source_index": np.arange(5000, dtype=np.uint32),
+        "offset": np.array([5000]), "link_point": np.empty(0, np.uint32), "link_uv": np.empty((0, 2), np.uint16),
+        "link_depth": np.empty(0, np.float16),
+    }  # fmt: skip
+    info = SampleInfo(id="scan", split="val", points=5000, linked_points=0, views=())
+    CacheWriter.create(folder / "cache", metadata).commit_geometry("scan", [info], arrays)
+    return folder / "000007.bin", folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def make_lidar_run(scan: tuple[Path, Path], make_run: Callable[..., Path]) -> Callable[..., Path]:
+    """Run folder of a network in the frame of its sensor, with one of `CLIPS` at test time."""
+
+    def make(*feat: str, clip: str | None = None, **data: Any) -> Path:
+        at_test = [] if clip is None else [{"name": clip, "args": CLIPS[clip]}]
+        data = {**recipe(feat).model_dump(mode="json")["data"], "center": False, "at_test": at_test, **data}
+        return make_run(*feat, cache=str(scan[1]), data=data)
+
+    return make
+
+
+@pytest.mark.parametrize("clip", [None, *CLIPS])
+def test_a_scan_in_the_frame_of_its_sensor_gets_what_evaluation_gives(
+    scan: tuple[Path, Path], tmp_path: Path, make_lidar_run: Callable[..., Path], clip: str | None
+) -> None:
+    run = make_lidar_run("coord", "strength", "height", clip=clip)
+    expected = predict_sample(load_run(run, device="cpu"), "scan")
+    got = labels(run, scan[0], tmp_path / "out")
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(labels(run, "scan", tmp_path / "sample"), expected)
+    assert np.sort(np.bincount(got, minlength=3))[1] > 500
+    # The file that comes back has the points as they were given.
+    values = np.fromfile(scan[0], np.float32).reshape(-1, 4)
+    vertex = PlyData.read(tmp_path / "out" / "000007.ply")["vertex"]
+    np.testing.assert_array_equal(np.stack([vertex[a] for a in "xyz"], axis=1), values[:, :3])
+    # Another frame is another input, by whole voxels or not, and so is another clamp.
+    values[:, 0] += 3.2
+    values.tofile(tmp_path / "moved.bin")
+    assert (labels(run, tmp_path / "moved.bin", tmp_path / "out") != expected).mean() > 0.02
+    if clip is not None:
+        free = make_lidar_run("coord", "strength", "height")
+        assert (labels(free, scan[0], tmp_path / "out") != expected).mean() > 0.02
+
+
+@pytest.mark.parametrize("clip", [None, *CLIPS])
+def test_tiles_of_a_scan_stay_in_the_frame_of_its_sensor(
+    scan: tuple[Path, Path], tmp_path: Path, make_lidar_run: Callable[..., Path], clip: str | None
+) -> None:
+    run = make_lidar_run("coord", "strength", clip=clip)
+    whole = labels(run, scan[0], tmp_path)
+    # 20 voxels are more than this network sees; a clamp pulls points over more than that.
+    (done,) = predict_inputs(run, [scan[0]], tmp_path, tile=3.0, overlap=2.0, device="cpu", quiet=True)["inputs"]
+    assert done["tiles"] > 4 and (np.load(done["files"][0]) == whole).mean() > 0.9995
+
+
+def test_points_without_a_place_in_the_frame_of_a_sensor(
+    scan: tuple[Path, Path], tmp_path: Path, make_lidar_run: Callable[..., Path]
+) -> None:
+    run = make_lidar_run("coord", "strength", clip="PointClip")
+    expected = labels(run, scan[0], tmp_path / "out")
+    values = np.fromfile(scan[0], np.float32).reshape(-1, 4)
+    bad = np.float32([[np.inf, 0, 0, 0], [0, np.nan, 0, 0], [0, 0, -np.inf, 0]])
+    np.concatenate([bad[:2], values, bad[2:]]).tofile(tmp_path / "bad.bin")
+    got = labels(run, tmp_path / "bad.bin", tmp_path / "out")
+    np.testing.assert_array_equal(got, [-1, -1, *expected, -1])
+    # Far from the origin float32 has no voxels: of 0.1 m, beyond 2^17 of them.
+    for far, refused in ((13_000, False), (13_200, True), (5_800_000, True)):
+        given = write_ply(tmp_path / "far.ply", values[:, :3] + np.float64([0, far, 0]), intensity=values[:, 3])
+        if refused:
+            with pytest.raises(DataError, match=r"far\.ply: coordinates reach \d+ m .*up to 13107 m; subtract the"):
+                labels(run, given, tmp_path / "far")
+            assert list((tmp_path / "far").iterdir()) == []
+        else:
+            labels(run, given, tmp_path / "near")
+
+
+def test_a_clamp_of_centred_points_needs_a_cached_sample(
+    scan: tuple[Path, Path], tmp_path: Path, make_lidar_run: Callable[..., Path]
+) -> None:
+    run = make_lidar_run("strength", clip="PointClip", center=True)
+    with pytest.raises(UsageError, match=r"000007\.bin: .* centred points that PointClip .*--cache CACHE"):
+        labels(run, scan[0], tmp_path / "out")
+    expected = predict_sample(load_run(run, device="cpu"), "scan")
+    np.testing.assert_array_equal(labels(run, "scan", tmp_path / "out"), expected)
+
+
+def test_colors_and_heights_of_a_file_are_those_of_evaluation(
+    tmp_path: Path, make_run: Callable[..., Path], tiny_cache: Path
+) -> None:
+    normalize = {"name": "ChromaticNormalize", "args": {"mean": [0.9, 0.1, 0.5], "std": [0.1, 0.2, 0.3]}}
+    data = {**recipe(("color", "height")).model_dump(mode="json")["data"], "at_test": [normalize]}
+    run = make_run("color", "height", cache=str(tiny_cache), data=data)
+    room = open_cache(tiny_cache).read("room04")
+    path = write_ply(tmp_path / "room.ply", room.coord, room.color)
+    in_order = np.empty(len(room.source_index), np.int64)
+    in_order[:] = predict_sample(load_run(run, device="cpu"), "room04")[room.source_index]
+    np.testing.assert_array_equal(labels(run, path, tmp_path / "out"), in_order)
+    plain = make_run("color", "height", cache=str(tiny_cache))
+    assert (labels(plain, path, tmp_path / "plain") != in_order).any()
 
 
 def test_distillation_has_no_classes(tmp_path: Path, tiny_cache: Path) -> None:

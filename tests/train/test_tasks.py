@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,12 +169,28 @@ def test_weights_of_another_network_are_refused(distilled: Path, tiny_cache: Pat
         r"other input channels: data\.feat is \['color', 'normal'\] there",
         data__feat=["normal", "color"],
     )
+    refused(MismatchError, r"another frame: data\.center is true there and false in this recipe", data__center=False)
     refused(MismatchError, r"lacks \d+ tensors \(injection", vfm="fake", model__injection={})
     refused(MissingDataError, "RUN_DIR' is not a run folder; pass the run to start from", init="RUN_DIR")
     refused(MissingDataError, r"no other\.pt yet", init=str(distilled / "other.pt"))
     injected = tmp_path / "injected"
     train(recipe(tiny_cache, **steps_of()), injected, device="cpu", quiet=True)
     refused(MismatchError, r"has, beyond it, \d+ tensors \(injection", init=str(injected))
+
+
+def test_fine_tuning_on_other_points_than_all_sources_is_told(
+    tmp_path: Path, make_cache: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [make_cache(tmp_path / name, train=2, val=1, points=200) for name in "ab"]
+    near, far = ({"name": "PointClip", "args": {"low": [-x, -x, -9], "high": [x, x, 9]}} for x in (9, 30))
+    sources = [{"cache": str(paths[0])}, {"cache": str(paths[1]), "at_test": [near]}]
+    train(recipe(None, **DISTILL, sources=sources, **steps_of()), tmp_path / "joint", device="cpu", quiet=True)
+    for at_test in ([], [near], [far]):
+        loaded = recipe(paths[0], **PLAIN, init=str(tmp_path / "joint"), data__at_test=at_test, **steps_of())
+        caplog.clear()
+        train(loaded, tmp_path / f"run{len(list(tmp_path.iterdir()))}", device="cpu", quiet=True)
+        told = re.search(r"data\.at_test \[\] or \[PointClip\(.*, this run has \[PointClip\(low=\(-30", caplog.text)
+        assert (told is not None) == (at_test == [far])
 
 
 # --- exactness ------------------------------------------------------------------------------------------------------
