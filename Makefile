@@ -24,11 +24,13 @@ lint: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python pipelines/bench.py
+	$(BIN)/python pipelines/bench_backbones.py --page BENCHMARKS.md
 	$(BIN)/python pipelines/bench_predict.py --page BENCHMARKS.md
 
-# Half an hour on two cores: 3 distillations and 27 trainings.
+# An hour on two cores: 3 distillations, and 27 and 18 trainings.
 experiments: .venv/dev.stamp
 	$(BIN)/python pipelines/experiments.py
+	$(BIN)/python pipelines/backbone_experiment.py
 
 clean:
 	rm -rf .venv demo experiments build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

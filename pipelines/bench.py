@@ -180,7 +180,11 @@ def bench_training(folder: Path) -> Iterator[Figure]:
         True,
     )
     wait = statistics.median(waits)
-    yield Figure("data wait with 1 loader worker, injection", f"{wait:.1%}", "< 5 %", wait < 0.05)
+    yield Figure("data wait with 1 loader worker, injection, SparseUNet", f"{wait:.1%}", "< 5 %", wait < 0.05)
+    for backbone, suffix in (("Point Transformer V3", "ptv3"), ("PointNeXt-S", "pointnext")):
+        recipe = load_recipe(f"demo/inject-{suffix}", [*common, "training.epochs=3", "data.workers=1"])
+        wait = train(recipe, folder / suffix, quiet=True)["data_wait"]
+        yield Figure(f"the same, {backbone}", f"{wait:.1%}", "< 5 %", wait < 0.05)
 
 
 def _step_ratio(cache: Path) -> tuple[float, float]:
