@@ -339,6 +339,8 @@ def _differing(runs: Sequence[RunSummary]) -> dict[str, tuple[Any, ...]]:
 
 def _value(values: Any, key: str) -> Any:
     for part in key.split("."):
+        if isinstance(values, list):
+            values = {str(number): value for number, value in enumerate(values)}
         if not isinstance(values, Mapping) or part not in values:
             return None
         values = values[part]

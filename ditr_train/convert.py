@@ -12,7 +12,7 @@ from ditr_cache.errors import DataError, MismatchError, MissingDataError, Storag
 from ditr_train.checkpoint import load_checkpoint, used_weights
 from ditr_train.files import temporary_name
 from ditr_train.foreign.networks import public_network
-from ditr_train.foreign.pairs import PublicNetwork
+from ditr_train.foreign.pairs import STATISTICS, PublicNetwork
 from ditr_train.foreign.weights import give
 from ditr_train.recipe import Recipe
 from ditr_train.run_folder import RunFolder
@@ -74,7 +74,7 @@ def convert(run_dir: str | Path, out: str | Path, *, to: str = "pointcept", chec
         "file": str(out),
         "step": int(state["step"]),
         "tensors": len(weights),
-        "parameters": sum(t.numel() for n, t in weights.items() if not n.endswith(_STATISTICS)),
+        "parameters": sum(t.numel() for n, t in weights.items() if not n.endswith(STATISTICS)),
         "head": head,
         "feat": list(recipe.data.feat),
         "colors": _colors(recipe),
@@ -82,9 +82,6 @@ def convert(run_dir: str | Path, out: str | Path, *, to: str = "pointcept", chec
         "classes": list(info.class_names) if head else [],
         "model": _model(network, stem.shape[-1], len(info.class_names) if head else 0, recipe.model.backbone),
     }
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _counterpart(recipe: Recipe, folder: RunFolder) -> PublicNetwork:

@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
 HEAD = "head."
 """Prefix of the parameters that belong to a task, and are never taken over."""
 
-
 BACKBONE = "backbone."
 """Prefix of the parameters that public weights are for."""
+
+TRAINING_ONLY = ("drop_path", "shuffle_orders", "norm_momentum")
+"""Settings of a backbone that say how it trains; fine-tuning may have its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def _from_run(model: nn.Module, init: str, recipe: Recipe) -> Initialised:
     where = f"init: checkpoint {str(checkpoint)!r}"
     ours, theirs = dataclasses.asdict(recipe.model.backbone), dataclasses.asdict(other.model.backbone)
     for name, value in ours.items():
-        if value != theirs.get(name):
+        if name not in TRAINING_ONLY and value != theirs.get(name):
             raise MismatchError(
                 f"{where} is of another backbone: model.backbone.{name} is {_shown(theirs.get(name))} there and "
                 f"{_shown(value)} in this recipe; make them equal"

@@ -75,7 +75,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), folders: Sequence[Path
         MissingDataError, DataError: a file that is not there or not YAML.
     """
     values = _resolve(name, recipe_folders() if folders is None else folders, ())
-    for override in overrides:
+    # The backbone first: naming another one drops the settings of the one before, not those given beside it.
+    for override in sorted(overrides, key=lambda o: o.partition("=")[0].strip() != "model.backbone.name"):
         _override(values, override)
     return parse_recipe(values)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ditr_cache.errors import UnknownNameError
+from ditr_cache.errors import UnknownNameError, UsageError
 from ditr_train.models.config import BACKBONES, DEFAULT_BACKBONE, backbone_name
 
 
@@ -36,6 +36,11 @@ def refuse_unknown(values: Any, annotation: Any, prefix: str) -> None:
 
 
 def _backbone_type(values: Any, prefix: str) -> Any:
+    if isinstance(values, str):
+        section = prefix.rstrip(".")
+        raise UsageError(
+            f"{section}: expected settings, got {values!r}; choose a backbone with --set {section}.name={values}"
+        )
     name = backbone_name(values) if isinstance(values, Mapping) else DEFAULT_BACKBONE
     if name not in BACKBONES:
         raise UnknownNameError.of(f"backbone in {prefix}name", name, BACKBONES)

@@ -50,7 +50,8 @@ def published_line(published: PublishedConfig | None) -> str:
     if published is None or published.miou is None:
         return ""
     note = "" if published.note is None else f"; {published.note}"
-    return f"published  mIoU {published_score(published)} (full protocol; {published.source}{note})"
+    score = published_score(published)
+    return f"published  mIoU {score} (full protocol, the recipe as it ships; {published.source}{note})"
 
 
 def prediction(done: Mapping[str, Any]) -> str:

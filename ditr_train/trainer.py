@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import resource
 import signal
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ditr_cache.errors import CacheError
+from ditr_cache.errors import CacheError, UsageError
 from ditr_train.checkpoint import load_checkpoint, save_checkpoint
 from ditr_train.data.loader import BatchLoader, TrainBatches, TrainPlan, accumulation_steps
 from ditr_train.data.sample import PointBatch
@@ -39,6 +40,8 @@ from ditr_train.run_folder import RunFolder, RunInfo
 from ditr_train.tasks import open_task
 from ditr_train.tracking import Tracker, TrainProgress
 from ditr_train.wandb_run import require_wandb
+
+log = logging.getLogger(__name__)
 
 SMALLEST_SCALE = 2.0**-10
 """Factor of the loss under fp16 below which a gradient that is not finite is no overflow."""
@@ -102,7 +105,9 @@ class Trainer:
         self.accumulation = training.accumulation
         """Micro-batches per optimiser step."""
         if data.micro_batch is not None:
-            self.accumulation = accumulation_steps(data.batch_size, this.world, data.micro_batch)
+            self.accumulation = accumulation_steps(
+                data.batch_size, this.world, data.micro_batch, pairs=data.mix_prob > 0
+            )
         self.plan = TrainPlan(
             sizes=self.task.sizes,
             ratios=self.task.ratios,
@@ -113,6 +118,7 @@ class Trainer:
             rank=this.rank,
             world=this.world,
         )
+        _check_mixing(data.mix_prob, data.batch_size, data.batch_size // (self.accumulation * this.world))
         self.total_steps = training.steps or (training.epochs or 0) * self.plan.steps_per_epoch
 
         torch.manual_seed(recipe.seed)
@@ -389,3 +395,16 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_mixing(mix_prob: float, batch_size: int, micro_batch: int) -> None:
+    """Tell where micro-batches leave samples without a neighbour to mix with; refuse where none has one."""
+    if mix_prob == 0 or micro_batch % 2 == 0 or micro_batch == batch_size:
+        return
+    remedy = "choose data.micro_batch or the number of processes so that it is even"
+    if micro_batch == 1:
+        raise UsageError(
+            f"data.mix_prob: {mix_prob:g} of the pairs are to be mixed, but a micro-batch is a single sample; "
+            f"{remedy}, or set data.mix_prob=0"
+        )
+    log.warning("of every %d samples one has no neighbour to be mixed with; %s", micro_batch, remedy)

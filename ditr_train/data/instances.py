@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import UsageError
-from ditr_train.data.checks import check_fractions
+from ditr_train.data.checks import check_fractions, check_not_negative
 from ditr_train.data.sample import PointSample
 
 Indices = NDArray[np.int64]
@@ -51,6 +51,10 @@ class InstanceShift(_OfInstances):
 
     metres: tuple[float, float, float] = (0.1, 0.1, 0.1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "metres")
+
     def __call__(self, points: PointSample, rng: np.random.Generator) -> PointSample:
         """See `Transform`."""
         coord, limit = points.coord.copy(), np.array(self.metres)
@@ -64,6 +68,10 @@ class InstanceRotate(_OfInstances):
     """Turns an instance about the vertical through its mean, by up to +-`degrees`; normals turn along."""
 
     degrees: float = 45.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "degrees")
 
     def __call__(self, points: PointSample, rng: np.random.Generator) -> PointSample:
         """See `Transform`."""

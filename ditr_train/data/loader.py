@@ -2,6 +2,7 @@
 
 Every draw is a function of (seed, epoch, position in the epoch). What a step sees therefore depends neither on the
 number of workers, nor on the number of ranks or accumulation steps, nor on where a run was interrupted and resumed.
+Mix3D joins neighbours of a micro-batch: they are the same ones as long as micro-batches have an even number of samples.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class BatchPlan:
     items: tuple[tuple[int, int], ...]
 
 
-def accumulation_steps(batch_size: int, world: int, micro_batch: int) -> int:
+def accumulation_steps(batch_size: int, world: int, micro_batch: int, *, pairs: bool = False) -> int:
     """Fewest micro-batches of at most `micro_batch` samples into which each of `world` processes can cut its even share
-    of a global batch.
+    of a global batch; with `pairs`, as for Mix3D, of an even number of samples where that can be.
 
     Raises:
         UsageError: the batch cannot be shared evenly by so many processes.
@@ -52,7 +53,9 @@ def accumulation_steps(batch_size: int, world: int, micro_batch: int) -> int:
             f"data.batch_size: {batch_size} samples cannot be shared evenly by {world} processes; run as many as "
             "divide it, or choose a multiple"
         )
-    return next(steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= micro_batch)
+    fitting = [steps for steps in range(1, share + 1) if share % steps == 0 and share // steps <= micro_batch]
+    even = [steps for steps in fitting if share // steps % 2 == 0]
+    return even[0] if pairs and even else fitting[0]
 
 
 @dataclass(frozen=True, kw_only=True)

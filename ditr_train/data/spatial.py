@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import UsageError
-from ditr_train.data.checks import check_fractions
+from ditr_train.data.checks import check_fractions, check_not_negative
 from ditr_train.data.sample import PointSample
 
 
@@ -59,6 +59,7 @@ class RandomRotate:
 
     def __post_init__(self) -> None:
         check_fractions(self, "p")
+        check_not_negative(self, "degrees")
 
     def __call__(self, points: PointSample, rng: np.random.Generator) -> PointSample:
         """See `Transform`."""

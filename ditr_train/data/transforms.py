@@ -63,7 +63,8 @@ def build_transform(name: str, args: Mapping[str, Any]) -> Transform:
         first = error.errors()[0]
         where = ".".join([name, *map(str, first["loc"])])
         message = first["msg"].removeprefix("Value error, ").removeprefix(f"{name}: ")
-        raise UsageError(f"{where}: {message[:1].lower()}{message[1:]}, got {first['input']!r}") from error
+        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"  # a check of ours says it
+        raise UsageError(f"{where}: {message[:1].lower()}{message[1:]}{got}") from error
 
 
 def apply(transforms: Sequence[Transform], points: PointSample, rng: np.random.Generator) -> PointSample:

@@ -12,7 +12,8 @@ Colors = Literal["unit", "signed", "either"]
 """Range of colours: 0..1, -1..1, or one of the two."""
 
 _NORM = ("weight", "bias")
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""What a batch norm counts; no parameters."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def weight(ours: str, theirs: str, *, bias: bool = False, pointwise: bool = Fals
 
 def batch_norm(ours: str, theirs: str) -> Iterator[Pair]:
     """The pairs of a batch norm."""
-    return _same(ours, theirs, (*_NORM, *_STATISTICS))
+    return _same(ours, theirs, (*_NORM, *STATISTICS))
 
 
 def layer_norm(ours: str, theirs: str) -> Iterator[Pair]:

@@ -36,7 +36,8 @@ def ptv3(config: PTv3Config) -> PublicNetwork:
         pairs=tuple(_pairs(config)),
         head=tuple(weight("head", "seg_head", bias=True)),
         decoder=("up.", "decoder."),
-        ignored=("embedding.mask_token",),
+        # An encoder alone takes nothing of a file's decoder.
+        ignored=("embedding.mask_token",) if config.decoder_depths else ("embedding.mask_token", "dec."),
         # The norms of the variant sonata are layer norms.
         settings={} if sonata else {"norm_eps": 1e-3},
         arguments=_arguments(config),

@@ -45,8 +45,10 @@ def take(tensors: Mapping[str, Tensor], network: PublicNetwork, ours: Mapping[st
     prefix = _prefix(tensors, network, where)
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     pairs = network.pairs
-    missing = [pair for pair in pairs if pair.theirs not in given]
-    lacking = tuple(pair.ours for pair in pairs if pair.ours.startswith(network.decoder))
+    # Some exporters leave out the counters of batch norms, which compute nothing.
+    needed = [pair for pair in pairs if not pair.theirs.endswith("num_batches_tracked")]
+    missing = [pair for pair in needed if pair.theirs not in given]
+    lacking = tuple(pair.ours for pair in needed if pair.ours.startswith(network.decoder))
     if [pair.ours for pair in missing] != list(lacking):
         lacking = ()
         _refuse(where, network, "lacks", (prefix + pair.theirs for pair in missing))
@@ -56,7 +58,7 @@ def take(tensors: Mapping[str, Tensor], network: PublicNetwork, ours: Mapping[st
 
     weights = {}
     for pair in pairs:
-        if pair.ours in lacking:
+        if pair.theirs not in given:
             continue
         expected = pair.their_shape(ours[pair.ours].shape)
         tensor = _this_layout(given[pair.theirs], expected)
@@ -109,8 +111,14 @@ def _refuse(where: str, network: PublicNetwork, fault: str, names: Iterable[str]
     if found := sorted(names):
         raise MismatchError(
             f"{where} does not hold the {network.name} of this recipe: it {fault} {len(found)} tensors "
-            f"({_few(found)}); make the depths of model.backbone those of the file"
+            f"({_few(found)}); {_setting(found)}"
         )
+
+
+def _setting(names: Iterable[str]) -> str:
+    if all("rpe_table" in name for name in names):
+        return "set model.backbone.rpe to what it was trained with"
+    return "make the depths of model.backbone those of the file"
 
 
 def _remedy(stem: bool, tensor: Tensor, expected: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Networks: `SparseUNet` on sparse convolutions, the injection of VFM features, and the `Segmentor` that joins them.
+"""Networks: the backbones, the injection of VFM features into them, and what a task makes of their features.
 
 `config` needs neither torch nor spconv, so that recipes can be listed and checked without them.
 """

@@ -21,12 +21,12 @@ class InjectionConfig:
     Every place has a projection of its own, so that a resolution may be named for the decoder and for the encoder.
 
     Args:
-        decoder: resolutions whose skips get a term before the decoder stage reads them: "all", or a list of some of
-            0..num_stages-1, where l means voxels of 2^l grid cells.
-        encoder: resolutions whose encoder features get a term: 0 is the output of the stem, which is also the skip of
-            that resolution; l >= 1 is the output of the strided convolution, before the blocks of stage l. The
-            coarsest, num_stages, is the bottleneck.
-        input: the features of each voxel are projected to `input_channels` and appended to the network input.
+        decoder: resolutions at which the decoder gets a term where it reads the encoder: "all", or a list of some of
+            0..num_stages-1. Resolution 0 has the points, or voxels, themselves; each further one is the next coarser
+            of the backbone, voxels twice as large or the points of the next set abstraction.
+        encoder: resolutions at which the encoder gets a term: 0 at the output of the stem; l >= 1 at the output of the
+            step that leads there, before the blocks of stage l. The coarsest, num_stages, is the bottleneck.
+        input: the features of each point are projected to `input_channels` and appended to the network input.
         input_channels: channels of that projection; unused without `input`.
         pool: what one site of a coarse resolution takes from the features of its points. "mean" and "max" (per
             channel) leave out points without a feature. "zero_max" is the maximum as published: such points are rows
@@ -131,6 +131,12 @@ class ModelConfig:
         if self.injection is None:
             return
         stages = len(self.backbone.decoder_terms)
+        elsewhere = self.injection.encoder or self.injection.input
+        if not stages and not (elsewhere and self.injection.decoder in ("all", ())):
+            raise UsageError(
+                "injection.decoder: this backbone has no decoder; name resolutions of its encoder with "
+                f"injection.encoder (0 to {self.backbone.num_stages}), or set injection.input"
+            )
         for place, resolutions, coarsest in (
             ("decoder", self.injection.decoder_resolutions(stages), stages - 1),
             ("encoder", self.injection.encoder, self.backbone.num_stages),

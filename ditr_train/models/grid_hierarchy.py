@@ -13,6 +13,8 @@ from ditr_cache.errors import DataError
 from ditr_train.models.hierarchy import OccupiedSites
 
 _AXIS_BITS = 16
+MAX_COORDINATE = 1 << _AXIS_BITS
+"""One more than the largest coordinate of a voxel that its key can hold."""
 _MAX_SAMPLES = 1 << (63 - 3 * _AXIS_BITS)
 # Steps that move the bits of a 16-bit number three places apart: bytes, then nibbles, pairs and single bits.
 _SPREAD = ((16, 0xFF0000FF), (8, 0xF00F00F00F), (4, 0xC30C30C30C3), (2, 0x249249249249))
@@ -77,9 +79,9 @@ def morton_keys(sites: Tensor, level: int = 0) -> Tensor:
     """
     if sites.device.type == "cpu" and len(sites):
         high = sites.amax(dim=0).tolist()
-        if int(sites.amin()) < 0 or high[0] >= _MAX_SAMPLES or max(high[1:]) >= 1 << _AXIS_BITS:
+        if int(sites.amin()) < 0 or high[0] >= _MAX_SAMPLES or max(high[1:]) >= MAX_COORDINATE:
             raise DataError(
-                f"voxel coordinates must be in [0, {1 << _AXIS_BITS}) and batches in [0, {_MAX_SAMPLES}), got up to "
+                f"voxel coordinates must be in [0, {MAX_COORDINATE}) and batches in [0, {_MAX_SAMPLES}), got up to "
                 f"{high}; use a larger grid size or crop the samples"
             )
     axes = sites[:, 1:].long()

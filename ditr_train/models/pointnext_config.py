@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -82,8 +83,8 @@ class PointNeXtConfig:
             if (value := getattr(self, key)) is not None and value < 1:
                 raise UsageError(f"backbone.{key} must be at least 1, got {value}")
         for key in ("radius", "radius_scaling", "norm_eps"):
-            if not getattr(self, key) > 0:
-                raise UsageError(f"backbone.{key} must be positive, got {getattr(self, key)}")
+            if not 0 < getattr(self, key) < math.inf:
+                raise UsageError(f"backbone.{key} must be positive and finite, got {getattr(self, key)}")
         if not 0 < self.norm_momentum <= 1:
             raise UsageError(f"backbone.norm_momentum must be in (0, 1], got {self.norm_momentum}")
 

@@ -5,21 +5,6 @@ by maximum leads to the next coarser one, and the decoder adds the way back to t
 al. 2024 (arXiv 2312.10035) and, for the variant "sonata", Wu et al. 2025 (arXiv 2503.16429). With the same weights both
 compute what the code published with them computes. Where ours differs on purpose: orders are shuffled in training only,
 so that evaluation is deterministic, and no sample changes the patches or the curves of another.
-
-Names of parameters here and in a state dict of the published code (resolution l, block i):
-
-    embedding.conv | linear | norm          embedding.stem.conv | linear | norm
-    down.l.linear | norm                    enc.encl.down.proj | norm.0
-    encoder.l.block<i>.*                    enc.encl.block<i>.*
-    up.l.skip.linear | norm                 dec.decl.up.proj_skip.0 | 1
-    up.l.coarse.linear | norm               dec.decl.up.proj.0 | 1
-    decoder.l.block<i>.*                    dec.decl.block<i>.*
-    and inside a block
-    cpe.conv | linear | norm                cpe.0 | 1 | 2
-    cpe.bias                                cpe.0.bias
-    norm1, norm2                            norm1.0, norm2.0
-    attention.qkv | proj | rpe.table        attn.qkv | proj | rpe.rpe_table
-    mlp.fc1 | fc2                           mlp.0.fc1 | fc2
 """
 
 from __future__ import annotations

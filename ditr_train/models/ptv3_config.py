@@ -80,10 +80,11 @@ class PTv3Config:
             )
         self._check_branch("encoder", stages)
         self._check_branch("decoder", stages - 1 if self.decoder_depths else 0)
-        if self.patch_size < 1 or not self.mlp_ratio > 0:
+        if self.patch_size < 1:
+            raise UsageError(f"backbone.patch_size must be positive, got {self.patch_size}")
+        if not min(self.encoder_channels + self.decoder_channels) * self.mlp_ratio >= 1:
             raise UsageError(
-                f"backbone.patch_size and backbone.mlp_ratio must be positive, got {self.patch_size} and "
-                f"{self.mlp_ratio}"
+                f"backbone.mlp_ratio must leave the MLPs of every stage at least one channel, got {self.mlp_ratio}"
             )
         if not 0.0 <= self.drop_path < 1.0:
             raise UsageError(f"backbone.drop_path must be in [0, 1), got {self.drop_path}")

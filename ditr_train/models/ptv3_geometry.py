@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditr_train.models.grid_hierarchy import GridHierarchy, morton_keys
+from ditr_cache.errors import DataError
+from ditr_train.models.grid_hierarchy import MAX_COORDINATE, GridHierarchy, morton_keys
 from ditr_train.models.patch_attention import Patches, patch_rows
 from ditr_train.models.serialization import cube_depth, curve_codes, invert
 from ditr_train.models.sparse_conv import SparseTensor, sparse_tensor
@@ -80,8 +81,12 @@ def prepare_patches(
     Raises:
         DataError: coordinates that the curves or the convolutions cannot hold.
     """
-    levels, parents = _nest(sites, len(curves))
     highest = sites.new_zeros(batch_size).scatter_reduce(0, sites[:, 0].long(), sites[:, 1:].amax(dim=1), "amax")
+    if (top := int(highest.max())) >= MAX_COORDINATE:  # here for a GPU, too, where the keys would mix up voxels
+        raise DataError(
+            f"voxel coordinates must be below {MAX_COORDINATE}, got {top}; use a larger grid size or crop the samples"
+        )
+    levels, parents = _nest(sites, len(curves))
     depths = [DEPTHS[variant](highest, level) for level in range(len(levels))]
     depth = torch.cat([of_sample[level[:, 0]] for of_sample, level in zip(depths, levels, strict=True)])
     wanted = sorted({curve for of_level in curves for curve in of_level})

@@ -101,6 +101,27 @@ def test_every_place_gets_a_gradient_and_every_parameter_is_used(
         ModelConfig(backbone=config, injection=InjectionConfig(encoder=(levels[-1] + 1,)))
 
 
+def test_a_backbone_without_decoder_takes_features_in_its_encoder(tiny_cache: Path) -> None:
+    alone = {**SETTINGS["ptv3"], "decoder_depths": [], "decoder_channels": [], "decoder_heads": []}
+    for injection in ({}, {"decoder": [0], "encoder": [1]}):
+        with pytest.raises(UsageError, match=r"no decoder; name resolutions of its encoder .*\(0 to 2\)"):
+            recipe(tiny_cache, model__backbone=alone, model__injection=injection)
+    model = recipe(tiny_cache, model__backbone=alone, model__injection={"encoder": [0, 2]}).model
+    data = CachedDataset(open_cache(tiny_cache), "train", grid_size=0.1, feat=["color"], vfm="fake")
+    network = build_segmentor(model, in_channels=3, num_classes=3, feature_dim=8)
+    scores = network(collate([data.train_sample(0, np.random.default_rng(0))]))
+    assert network.head.in_features == 8 + 16 + 16 and scores.isfinite().all()
+
+
+def test_fine_tuning_may_train_otherwise(tiny_cache: Path, tmp_path: Path) -> None:
+    once = {"training__epochs": None, "training__steps": 1}
+    first = recipe(tiny_cache, **DISTILL, **once, model__backbone=SETTINGS["ptv3"])
+    train(first, tmp_path / "first", device="cpu", quiet=True)
+    other = {**SETTINGS["ptv3"], "drop_path": 0.0, "norm_momentum": 0.2, "shuffle_orders": False}
+    again = recipe(tiny_cache, **PLAIN, **once, model__backbone=other, init=str(tmp_path / "first"))
+    train(again, tmp_path / "run", device="cpu", quiet=True)
+
+
 def test_samples_of_a_batch_do_not_see_each_other(backbone: dict[str, Any], tiny_cache: Path) -> None:
     config = BACKBONES[backbone.get("name", "sparse_unet")](**backbone)
     data = CachedDataset(open_cache(tiny_cache), "val", grid_size=0.1, feat=["coord"], vfm="fake")

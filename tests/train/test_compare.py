@@ -124,6 +124,12 @@ def test_seeds_are_grouped_and_nothing_else(tmp_path: Path) -> None:
     assert table(comparison, "Recipe keys")["optimizer.lr"]["other"] == "0.1"
 
 
+def test_entries_of_lists_are_compared(tmp_path: Path) -> None:
+    for scale in (0.1, 0.5):
+        make_run(tmp_path / f"{scale}", [0.5], optimizer={"groups": [{"pattern": "block", "lr_scale": scale}]})
+    assert compare([tmp_path]).differing["optimizer.groups.0.lr_scale"] == (0.1, 0.5)
+
+
 def test_cost_columns_and_older_runs_without_them(tmp_path: Path) -> None:
     new = {"samples_per_second": 2.5, "points_per_second": 20000.0, "memory_bytes": 3 * 2**30, "seconds_per_step": 0.5}
     rows = table(compare([make_run(tmp_path / "new", train=new), make_run(tmp_path / "old")]), "Cost")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -150,6 +151,21 @@ def test_an_encoder_leaves_the_decoder_fresh(tmp_path: Path) -> None:
     parameters = [name for name, _ in model.named_parameters()]
     assert list(done.fresh) == [name for name in parameters if name.startswith(decoder)]
     assert "backbone.decoder.* (" in str(done) and "head.weight, head.bias left fresh" in str(done)
+
+
+def test_counters_of_norms_may_be_left_out(tmp_path: Path) -> None:
+    tensors = {name: value for name, value in state_dict("PT-v3m1").items() if "num_batches_tracked" not in name}
+    assert len(tensors) < len(state_dict("PT-v3m1"))
+    _, done = started("PT-v3m1", saved(tmp_path / "public.pth", tensors))
+    assert list(done.fresh) == ["head.weight", "head.bias"]
+
+
+def test_an_encoder_alone_takes_nothing_of_a_decoder(tmp_path: Path) -> None:
+    file = saved(tmp_path / "public.pth", state_dict("PT-v3m1"))
+    alone = {"decoder_depths": [], "decoder_channels": [], "decoder_heads": []}
+    backbone = json.loads(json.dumps(dataclasses.asdict(recipe_for("PT-v3m1", file).model.backbone))) | alone
+    model, done = started("PT-v3m1", file, model__backbone=backbone)
+    assert list(done.fresh) == ["head.weight", "head.bias"] and not list(model.backbone.decoder)
 
 
 def test_injection_stays_fresh(tmp_path: Path) -> None:
@@ -307,10 +323,10 @@ def test_files_of_another_network_are_refused(tmp_path: Path) -> None:
     refused(r"holds no SpUNet-v1m1: expected one tensor whose name ends in 'conv_input\.0\.weight', got 1 .*\(x\)",
             "SpUNet-v1m1", {"x": torch.ones(1)})  # fmt: skip
     lacking = {name: value for name, value in unet.items() if ".enc.1.block1." not in name}
-    refused(r"it lacks 12 tensors \(backbone\.enc\.1\.block1\.bn1\.bias, .*depths of model\.backbone",
+    refused(r"it lacks 10 tensors \(backbone\.enc\.1\.block1\.bn1\.bias, .*depths of model\.backbone",
             "SpUNet-v1m1", lacking)  # fmt: skip
     no_up = {name: value for name, value in unet.items() if ".up." not in name}
-    refused(r"it lacks 12 tensors \(backbone\.up\.0", "SpUNet-v1m1", no_up)
+    refused(r"it lacks 10 tensors \(backbone\.up\.0", "SpUNet-v1m1", no_up)
     refused(r"has, beyond those, 1 tensors \(backbone\.enc\.9\.x\)", "SpUNet-v1m1",
             {**unet, "backbone.enc.9.x": torch.ones(1)})  # fmt: skip
     wide = {**unet, "backbone.conv_input.0.weight": torch.ones(8, 5, 5, 5, 9)}

@@ -77,6 +77,12 @@ def test_accumulation_keeps_the_global_batch(share: int, world: int, micro_batch
     assert all(len(batch.items) <= micro_batch for batch in plan.batches(0, 1))
 
 
+def test_micro_batches_of_pairs_where_that_can_be() -> None:
+    assert [accumulation_steps(12, 1, cap, pairs=True) for cap in (12, 6, 5, 3, 1)] == [1, 2, 3, 6, 12]
+    assert [accumulation_steps(12, 1, cap) for cap in (12, 6, 5, 3, 1)] == [1, 2, 3, 4, 12]
+    assert accumulation_steps(12, 4, 3, pairs=True) == 1  # three samples for each process, whatever one does
+
+
 def test_plans_that_cannot_be() -> None:
     for batch_size in (2, 7):
         with pytest.raises(UsageError, match=rf"data\.batch_size: {batch_size} samples .* 3 processes"):

@@ -158,7 +158,7 @@ def test_sites_and_parents_are_the_voxels_of_each_resolution() -> None:
 
 
 def test_points_beyond_the_curves_are_refused() -> None:
-    with pytest.raises(DataError, match="voxel coordinates must be in"):
+    with pytest.raises(DataError, match="voxel coordinates must be below 65536, got 65536"):
         network(SMALL).prepare(batch_of([np.array([[0, 0, 0], [0, 0, 1 << 16]])]))
 
 

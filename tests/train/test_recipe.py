@@ -208,6 +208,7 @@ def test_a_named_backbone_replaces_the_settings_of_another(folder: Path) -> None
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
     overrides = ["model.backbone.name=pointnext", "model.backbone.size=L"]
     assert load_recipe("toy/ptv3", overrides, [folder]).model.backbone == PointNeXtConfig(size="L")
+    assert load_recipe("toy/ptv3", overrides[::-1], [folder]).model.backbone == PointNeXtConfig(size="L")
     kept = load_recipe("toy/unet", ["model.backbone.name=sparse_unet"], [folder])
     assert kept.model.backbone == SparseUNetConfig(layers=(1, 1), channels=(8, 8))
 
@@ -226,6 +227,7 @@ def test_a_named_backbone_replaces_the_settings_of_another(folder: Path) -> None
             UsageError,
             r"patch_size: .*'x'",
         ),
+        (["model.backbone=ptv3"], UsageError, r"choose a backbone with --set model\.backbone\.name=ptv3"),
         (["model.backbone=3"], UsageError, r"model\.backbone: .*got 3"),
     ],
 )

@@ -21,7 +21,7 @@ from ditr_train.checkpoint import load_checkpoint
 from ditr_train.distributed import Processes, choose_device
 from ditr_train.evaluate import evaluate
 from ditr_train.tracking import read_metrics
-from ditr_train.trainer import DivergedError, TrainingInterruptedError, train
+from ditr_train.trainer import DivergedError, TrainingInterruptedError, _check_mixing, train
 from runs import ONE_THREAD, assert_same_run, recipe, stop_at
 
 
@@ -75,6 +75,22 @@ def test_micro_batches_set_the_accumulation(tiny_cache: Path, tmp_path: Path) ->
     train(recipe(tiny_cache, **settings, data__micro_batch=1), tmp_path / "micro", device="cpu", quiet=True)
     train(recipe(tiny_cache, **settings, training__accumulation=4), tmp_path / "run", device="cpu", quiet=True)
     assert_same_run(tmp_path / "micro", tmp_path / "run")
+
+
+def test_micro_batches_that_cannot_be_mixed_are_told(
+    tiny_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"data__mix_prob": 0.8, "data__batch_size": 4, "training__epochs": 1}
+    with pytest.raises(UsageError, match=r"data\.mix_prob: 0\.8 of the pairs .* a single sample"):
+        train(recipe(tiny_cache, **settings, data__micro_batch=1), tmp_path / "one", device="cpu", quiet=True)
+    assert not (tmp_path / "one").exists()
+    train(recipe(tiny_cache, **settings, data__micro_batch=3), tmp_path / "two", device="cpu", quiet=True)
+    assert "neighbour" not in caplog.text  # two micro-batches of two
+    settings["data__batch_size"] = 3
+    train(recipe(tiny_cache, **settings), tmp_path / "whole", device="cpu", quiet=True)
+    assert "neighbour" not in caplog.text  # no other choice of micro-batches
+    _check_mixing(0.8, 12, 3)
+    assert "of every 3 samples one has no neighbour" in caplog.text
 
 
 def test_resume_with_accumulation(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +213,7 @@ def test_injection_learns_what_points_cannot_tell(tmp_path: Path, make_cache: Ca
 
 
 def test_two_processes_train_as_one(tiny_cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(recipe(tiny_cache).to_yaml())
+    (tmp_path / "recipe.yaml").write_text(recipe(tiny_cache, data__mix_prob=0.0).to_yaml())
     port = str(20000 + os.getpid() % 20000)
     command = [sys.executable, "-m", "ditr_train.cli", "run", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
     ranks = [

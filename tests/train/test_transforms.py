@@ -173,8 +173,15 @@ def test_bad_settings_name_the_nearest() -> None:
         build_transform("RandomRotate", {"degree": 3})
     with pytest.raises(UsageError, match=r"RandomRotate\.axis.*'w'"):
         build_transform("RandomRotate", {"axis": "w"})
-    with pytest.raises(UsageError, match=r"RandomFlip.*p in 0\.\.1"):
+    with pytest.raises(UsageError, match=r"RandomFlip: expected p in 0\.\.1, got 1\.5$"):
         build_transform("RandomFlip", {"p": 1.5})
+    for name, args in (
+        ("RandomRotate", {"degrees": -5}),
+        ("InstanceRotate", {"degrees": -5}),
+        ("InstanceShift", {"metres": [0, -1, 0]}),
+    ):
+        with pytest.raises(UsageError, match=rf"{name}: expected \w+ >= 0, got"):
+            build_transform(name, args)
     with pytest.raises(UsageError, match="point_max or rate"):
         build_transform("SphereCrop", {})
     for name, args in (
