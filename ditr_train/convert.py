@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ditr_cache.errors import DataError, MismatchError, MissingDataError, StorageError, UsageError
+from ditr_cache.errors import DataError, MismatchError, StorageError, UsageError
 from ditr_train.checkpoint import load_checkpoint, used_weights
 from ditr_train.files import temporary_name
 from ditr_train.foreign.networks import public_network
@@ -52,12 +52,7 @@ def convert(run_dir: str | Path, out: str | Path, *, to: str = "pointcept", chec
     network = _counterpart(recipe, folder)
     if out.exists():
         raise UsageError(f"{str(out)!r} exists already; choose another file, or remove it first")
-    path = {"best": folder.best, "last": folder.last}[checkpoint]
-    if not path.exists():
-        raise MissingDataError(
-            f"run folder {str(folder.path)!r} has no {path.name} yet; let it train to its first evaluation, or use "
-            "--checkpoint last"
-        )
+    path = folder.weights(checkpoint)
     state = load_checkpoint(path)
     head = recipe.task == "segment"
     try:

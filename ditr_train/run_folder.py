@@ -173,6 +173,17 @@ class RunFolder:
         """Weights of the evaluation with the highest mIoU, or cosine of a distillation."""
         return self.path / "best.pt"
 
+    def weights(self, which: str) -> Path:
+        """The checkpoint `best` or `last`. Raises `MissingDataError` where there is none yet."""
+        path = {"best": self.best, "last": self.last}[which]
+        if not path.exists():
+            other = ", or use --checkpoint last" if self.last.exists() else ""
+            raise MissingDataError(
+                f"run folder {str(self.path)!r} has no {path.name} yet; let it train to its first evaluation "
+                f"(`ditr-train run ... --resume`){other}"
+            )
+        return path
+
     @property
     def metrics(self) -> Path:
         """Metrics, one JSON object a line."""

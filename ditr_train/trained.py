@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ditr_cache.errors import CacheError, DataError, MissingDataError, UsageError
+from ditr_cache.errors import CacheError, DataError, UsageError
 from ditr_cache.store import open_cache
 from ditr_train.checkpoint import load_checkpoint, used_weights
 from ditr_train.data.dataset import CachedDataset
@@ -99,12 +99,7 @@ def load_run(
             f"run {str(folder.path)!r} is a distillation: it predicts VFM features, not classes; fine-tune it first "
             f"(`ditr-train run <dataset>/finetune --set init={folder.path}`)"
         )
-    path = {"best": folder.best, "last": folder.last}[checkpoint]
-    if not path.exists():
-        raise MissingDataError(
-            f"run folder {str(folder.path)!r} has no {path.name} yet; let it train to its first evaluation "
-            "(`ditr-train run ... --resume`)"
-        )
+    path = folder.weights(checkpoint)
     state = load_checkpoint(path)
     model = build_segmentor(
         recipe.model,

@@ -14,13 +14,22 @@ from PIL import Image
 
 from ditr_cache.synthesize import RoomsSettings, synthesize
 from ditr_cache.torchvision_compat import declare_missing_operators
+from ditr_train.foreign.networks import public_network
+from ditr_train.foreign.weights import give
+from ditr_train.models.build import build_segmentor
+from ditr_train.recipe_files import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SMALL_NETWORK = (
-    "--set training.epochs=1 --set data.batch_size=2 --set data.workers=0 --set data.grid_size=0.2 "
+SMALL_RUN = "--set training.epochs=1 --set data.batch_size=2 --set data.workers=0 --set data.grid_size=0.2 "
+SMALL_UNET = (
     "--set model.backbone.channels=[8,8,8,8,8,8,8,8] --set model.backbone.layers=[1,1,1,1,1,1,1,1] "
-    "--set model.backbone.stem_channels=8 --set model.backbone.stem_kernel_size=3"
+    "--set model.backbone.stem_channels=8 --set model.backbone.stem_kernel_size=5"
+)
+SMALL_PTV3 = "--set model.backbone.patch_size=32 " + " ".join(
+    f"--set model.backbone.{branch}_{what}=[{','.join([value] * stages)}]"
+    for branch, stages in (("encoder", 5), ("decoder", 4))
+    for what, value in (("depths", "1"), ("channels", "8"), ("heads", "2"))
 )
 
 
@@ -57,6 +66,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     for name in ("test_vit", "test_efficientnet"):
         torch.save(timm.create_model(name, num_classes=0).state_dict(), folder / f"{name}.pt")
+    sonata = load_recipe("scannet/finetune-sonata", shlex.split(SMALL_PTV3.replace("--set ", "")))
+    network = build_segmentor(sonata.model, in_channels=9, num_classes=20)
+    public = public_network(sonata.model.backbone)
+    torch.save({"state_dict": give(network.state_dict(), public, head=False)}, folder / "sonata.pth")
     return folder
 
 
@@ -72,7 +85,8 @@ def stand_in(command: str, place: Path) -> list[str]:
         command += " --workers 0"
     if command.startswith(("ditr-train run", "ditr-train sweep")):
         reads_features = re.search("scannet/(inject|distill)", command) is not None
-        command += f" {SMALL_NETWORK}" + (" --set vfm=test_vit" if reads_features else "")
+        network = SMALL_PTV3 if re.search("ptv3|sonata", command) else SMALL_UNET
+        command += f" {SMALL_RUN} {network}" + (" --set vfm=test_vit" if reads_features else "")
     if command.startswith("ditr-train probe"):
         command += " --vfm test_vit"
     command = command.replace(" -o labels", f" -o {place}/labels").replace("--seeds 2", "--seeds 1")
