@@ -111,8 +111,7 @@ class RandomShift:
     metres: tuple[float, float, float] = (0.2, 0.2, 0.2)
 
     def __post_init__(self) -> None:
-        if min(self.metres) < 0:
-            raise UsageError(f"RandomShift: expected metres >= 0, got {list(self.metres)}")
+        check_not_negative(self, "metres")
 
     def __call__(self, points: PointSample, rng: np.random.Generator) -> PointSample:
         """See `Transform`."""
