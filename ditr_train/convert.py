@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+import ditr_cache
 from ditr_cache.errors import DataError, MismatchError, StorageError, UsageError
 from ditr_train.checkpoint import load_checkpoint, used_weights
 from ditr_train.files import temporary_name
+from ditr_train.foreign.files import MARK
 from ditr_train.foreign.networks import public_network
 from ditr_train.foreign.pairs import STATISTICS, PublicNetwork
 from ditr_train.foreign.weights import give
@@ -24,7 +26,8 @@ FORMATS = ("pointcept",)
 def convert(run_dir: str | Path, out: str | Path, *, to: str = "pointcept", checkpoint: str = "best") -> dict[str, Any]:
     """Write the network of a run as a file that another code base loads.
 
-    For `pointcept` that is what its `weight=` takes: `state_dict`, with the names of its segmentor, and `epoch`. The
+    For `pointcept` that is what its `weight=` takes: `state_dict`, with the names of its segmentor, and `epoch`. Of use
+    to us alone is the version of this package beside them. The
     head of a distillation, which says VFM features, is left out.
 
     Args:
@@ -63,7 +66,7 @@ def convert(run_dir: str | Path, out: str | Path, *, to: str = "pointcept", chec
             "two was replaced"
         ) from error
     scored = state.get("results") or state.get("last") or {}
-    _write(out, {"epoch": int(scored.get("epoch", 0)), "state_dict": weights})
+    _write(out, {"epoch": int(scored.get("epoch", 0)), "state_dict": weights, MARK: ditr_cache.__version__})
     stem = weights[f"backbone.{network.pairs[0].theirs}"]
     return {
         "file": str(out),
@@ -122,6 +125,7 @@ def _model(network: PublicNetwork, in_channels: int, num_classes: int, backbone:
 def _write(path: Path, content: dict[str, Any]) -> None:
     temporary = temporary_name(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk and a missing folder as a RuntimeError

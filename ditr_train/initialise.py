@@ -16,7 +16,7 @@ from ditr_train.data.transforms import Transform
 from ditr_train.foreign.files import read_public_file
 from ditr_train.foreign.networks import public_network
 from ditr_train.foreign.pairs import PublicNetwork
-from ditr_train.foreign.weights import take
+from ditr_train.foreign.weights import backbone_prefix, take
 from ditr_train.recipe import Recipe
 from ditr_train.run_folder import RunFolder
 
@@ -177,16 +177,23 @@ def _from_public_file(model: nn.Module, init: str, recipe: Recipe) -> Initialise
     config = recipe.model.backbone
     network = public_network(config)
     where = f"init: file {init!r}"
+    file = read_public_file(Path(init))
+    backbone_prefix(file.tensors, network, where)  # first of all: is it that network?
     for name, value in network.settings.items():
         if getattr(config, name) != value:
             raise MismatchError(
                 f"{where}: weights of {network.name} are for model.backbone.{name}={value}, this recipe has "
                 f"{getattr(config, name)}; set it to that"
             )
-    file = read_public_file(Path(init))
+    if file.ours and network.outdated:
+        raise MismatchError(
+            f"{where} was written by ditr-train convert, for what Pointcept computes today; set "
+            "model.backbone.variant=ptv3"
+        )
     backbone = {n.removeprefix(BACKBONE): v for n, v in model.state_dict().items() if n.startswith(BACKBONE)}
     taken = take(file.tensors, network, backbone, where)
-    _check_colors(network, init, recipe)
+    if not file.ours:  # whose colours are those of the run that was converted
+        _check_colors(network, init, recipe)
     given = {BACKBONE + name: value for name, value in taken.weights.items()}
     model.load_state_dict(given, strict=False)
     parameters = dict(model.named_parameters())

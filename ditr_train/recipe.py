@@ -97,7 +97,10 @@ class Recipe(Section):
                 "predict them; set model.injection to null"
             )
         if self.sources and self.cache is not None:
-            raise ValueError("cache and sources are both set; name one cache, or several as sources")
+            raise ValueError(
+                "cache and sources are both set, and this recipe reads several caches: set those of its sources (--set "
+                "sources.0.cache=PATH and so on), or --set sources=[] to read the one of cache"
+            )
         if len({source.ratio is None for source in self.sources}) > 1:
             raise ValueError("sources: a ratio is given for some sources and not for others; give it for all or none")
 

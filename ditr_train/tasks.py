@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ditr_cache.errors import MismatchError, UsageError
+from ditr_cache.errors import CacheError, MismatchError, UnknownNameError, UsageError
 from ditr_cache.store import open_cache
 from ditr_train.cosine import CosineEvaluator
 from ditr_train.data.dataset import CachedDataset
@@ -46,8 +46,12 @@ class Task(ABC):
         """For each source of the recipe the datasets of its training splits."""
         self.validation: list[CachedDataset] = []
         """The validation split of each source that has one."""
-        for source in recipe.all_sources():
-            cache = open_cache(source.cache)
+        for number, source in enumerate(recipe.all_sources()):
+            try:
+                cache = open_cache(source.cache)
+            except CacheError as error:
+                key = f"sources.{number}.cache" if recipe.sources else "cache"
+                raise type(error)(f"{key}: {error}; the recipe's is changed with --set {key}=PATH") from error
             if recipe.dataset not in (None, cache.metadata.dataset):
                 raise MismatchError(
                     f"the recipe is for dataset {recipe.dataset!r}, but cache {source.cache!r} is of "
@@ -60,9 +64,17 @@ class Task(ABC):
                 "class_names": recipe.classes if self.labelled else None,
             }  # fmt: skip
             splits = source.splits
-            self.sources.append([CachedDataset(cache, name, **data.training(), **common) for name in splits.training])
-            if splits.val is not None:
-                self.validation.append(CachedDataset(cache, splits.val, **common))
+            try:
+                training = [CachedDataset(cache, name, **data.training(), **common) for name in splits.training]
+                self.sources.append(training)
+                if splits.val is not None:
+                    self.validation.append(CachedDataset(cache, splits.val, **common))
+            except UnknownNameError as error:
+                without = "" if self.labelled else ", or splits.val=null to distil without validation"
+                raise UnknownNameError(
+                    f"{error}; the recipe's splits are train={splits.train} and val={splits.val}: name others with "
+                    f"--set splits.train=NAME, --set splits.val=NAME{without}"
+                ) from error
         self.train_set = JointDataset([part for parts in self.sources for part in parts])
 
     @property

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ditr_cache.errors import DataError, MissingDataError, UsageError
 
+MARK = "ditr_version"
+"""Key of what `ditr-train convert` writes beside the weights."""
+
 _TABLES = ("state_dict", "model", "model_state_dict", "model_state")
 
 
@@ -27,11 +30,13 @@ class PublicFile:
         path: of the file.
         sha256: of its bytes.
         tensors: by the names that it gives them.
+        ours: whether `ditr-train convert` wrote it.
     """
 
     path: Path
     sha256: str
     tensors: dict[str, Tensor]
+    ours: bool
 
 
 def read_public_file(path: Path) -> PublicFile:
@@ -47,11 +52,12 @@ def read_public_file(path: Path) -> PublicFile:
             f"{str(path)!r} is a folder: a file of weights was expected; for a run of ditr-train set init_format=run"
         )
     if not path.exists():
-        raise MissingDataError(f"file of weights {str(path)!r} does not exist")
+        raise MissingDataError(f"file of weights {str(path)!r} does not exist; pass yours with --set init=FILE")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return PublicFile(path, digest, _state_dict(path, content))
+    ours = isinstance(content, Mapping) and MARK in content
+    return PublicFile(path, digest, _state_dict(path, content), ours)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

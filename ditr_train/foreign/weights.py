@@ -42,7 +42,7 @@ def take(tensors: Mapping[str, Tensor], network: PublicNetwork, ours: Mapping[st
     Raises:
         MismatchError: a file of another network, or of other shapes; names the first tensors that do not fit.
     """
-    prefix = _prefix(tensors, network, where)
+    prefix = backbone_prefix(tensors, network, where)
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     pairs = network.pairs
     # Some exporters leave out the counters of batch norms, which compute nothing.
@@ -85,8 +85,12 @@ def give(weights: Mapping[str, Tensor], network: PublicNetwork, *, head: bool) -
     return state
 
 
-def _prefix(tensors: Mapping[str, Tensor], network: PublicNetwork, where: str) -> str:
-    """What stands before the backbone's names in a file, say `module.backbone.`."""
+def backbone_prefix(tensors: Mapping[str, Tensor], network: PublicNetwork, where: str) -> str:
+    """What stands before the backbone's names in a file, say `module.backbone.`.
+
+    Raises:
+        MismatchError: a file that does not hold this network.
+    """
     stem = network.pairs[0].theirs
     found = _prefixes(tensors, stem)
     # Of a self-distillation, Pointcept and Sonata use the student.

@@ -54,7 +54,7 @@ def call(*args: object) -> int:
 def test_there_and_back_is_exact(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
     done = convert(runs[name], tmp_path / "public.pth", checkpoint="last")
     written = content(tmp_path / "public.pth")
-    assert set(written) == {"epoch", "state_dict"} and written["epoch"] == 1
+    assert set(written) == {"epoch", "state_dict", "ditr_version"} and written["epoch"] == 1
     theirs = networks()[name]["tensors"]
     head = "backbone.final" if name == "SpUNet-v1m1" else "seg_head"
     backbone = {f"backbone.{n}" for n in theirs if not n.startswith("final.") and n != "embedding.mask_token"}
@@ -108,7 +108,8 @@ def test_the_command(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     assert "is not a run folder" in capsys.readouterr().err
     assert call("convert", runs["Sonata"], "-o", tmp_path / "x.pth", "--to", "mmdet") == 2
     assert "'mmdet' is not 'pointcept'" in capsys.readouterr().err
-    assert call("convert", runs["Sonata"], "-o", tmp_path / "none" / "x.pth") == 1
+    (tmp_path / "file").touch()
+    assert call("convert", runs["Sonata"], "-o", tmp_path / "file" / "x.pth") == 1
     assert "cannot write" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
 
@@ -149,3 +150,16 @@ def test_a_full_disk_leaves_no_file(runs: dict[str, Path], tmp_path: Path, monke
     with pytest.raises(StorageError, match="failed writing file; free space"):
         convert(runs["Sonata"], tmp_path / "public.pth")
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_ours_say_what_they_are(
+    runs: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert(runs["PT-v3m1"], tmp_path / "new" / "public.pth")
+    settings = {**PLAIN, "init": str(tmp_path / "new" / "public.pth"), "init_format": "pointcept"}
+    same = recipe(tmp_path, **settings, model__backbone=BACKBONES["PT-v3m1"])
+    initialise(build_segmentor(same.model, in_channels=6, num_classes=3), str(same.init), same)
+    assert "colours" not in caplog.text
+    other = recipe(tmp_path, **settings, model__backbone={**BACKBONES["PT-v3m1"], "variant": "ptv3-v1.5.1"})
+    with pytest.raises(MismatchError, match=r"written by ditr-train convert.*variant=ptv3"):
+        initialise(build_segmentor(other.model, in_channels=6, num_classes=3), str(other.init), other)

@@ -202,6 +202,16 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_splits_and_sources_that_are_not_there_name_their_keys(tiny_cache: Path, tmp_path: Path) -> None:
+    for settings, message in (
+        ({"splits": {"train": "train", "val": "test"}}, r"split .*'test'.*--set splits\.val=NAME, or splits\.val=null"),
+        ({"cache": None, "sources": [{"cache": str(tiny_cache)}, {"cache": "NONE"}]}, r"sources\.1\.cache: '.*NONE'"),
+        ({"cache": "NONE"}, r"^cache: '.*NONE'.*--set cache=PATH"),
+    ):
+        with pytest.raises((MissingDataError, UnknownNameError), match=message):
+            train(recipe(tiny_cache, **{**DISTILL, **settings}), tmp_path / "run", device="cpu", quiet=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed_equals_uninterrupted(
     kind: str, distilled: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
