@@ -28,7 +28,7 @@ from ditr_train.models.hierarchy import Hierarchy, OccupiedSites
 from ditr_train.models.row_norm import RowNorm
 from ditr_train.models.segment_pool import segment_max, segment_sum
 
-_PORTION_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+_PORTION_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 # Reading a row of the table costs about as much as mapping it to so many channels; measured on a CPU.
 _CHANNELS_PER_GATHER = 48
 
@@ -224,20 +224,23 @@ class InjectedTerms:
             return self._injection.term(place, projected, sites, num_sites)
 
 
-def dequantize(features: FeatureRows, rows: Tensor) -> Tensor:
+def dequantize(features: FeatureRows, rows: Tensor, buffer: Tensor | None = None) -> Tensor:
     """Rows of a stored table as they were before storing.
 
     Args:
         features: the table, int8 with a scale per row or float16.
         rows: [V] int64 rows of the table.
+        buffer: [at least V, C] float32 that the result may overwrite; on a CPU, memory that was used before is several
+            times faster to write to than new one.
 
     Returns:
         [V, C] float32, on the table's device.
     """
-    values = features.table.index_select(0, rows).float()
-    if features.scale is not None:
-        values *= features.scale.index_select(0, rows)[:, None]
-    return values
+    stored = features.table.index_select(0, rows)
+    values = torch.empty(stored.shape, device=stored.device) if buffer is None else buffer[: len(rows)]
+    if features.scale is None:
+        return values.copy_(stored)
+    return torch.mul(stored, features.scale.index_select(0, rows)[:, None], out=values)
 
 
 class _ProjectAndPool(torch.autograd.Function):
@@ -267,8 +270,10 @@ class _ProjectAndPool(torch.autograd.Function):
             at_first = parent[firsts].unique_consecutive()
             firsts = torch.searchsorted(parent, at_first)
             segments = [*at_first.tolist(), size]
-        for i, (first, last) in enumerate(pairwise([*firsts.tolist(), len(rows)])):
-            values = dequantize(features, rows[first:last])
+        portions = list(pairwise([*firsts.tolist(), len(rows)]))
+        buffer = _buffer(features.table, max((last - first for first, last in portions), default=0))
+        for i, (first, last) in enumerate(portions):
+            values = dequantize(features, rows[first:last], buffer)
             for weight, out in zip(weights, projected, strict=True):
                 torch.mm(values, weight.T, out=out[first:last])
             if parent is not None:
@@ -282,8 +287,9 @@ class _ProjectAndPool(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         channels, portion = ctx.features.table.shape[1], _portion(ctx.features.table)
         grad_weights = [grad.new_zeros(grad.shape[1], channels) for grad in grads]
+        buffer = _buffer(ctx.features.table, min(portion, len(ctx.rows)))
         for i, rows in enumerate(ctx.rows.split(portion)):
-            values = dequantize(ctx.features, rows)
+            values = dequantize(ctx.features, rows, buffer)
             for grad, grad_weight in zip(grads, grad_weights, strict=True):
                 grad_weight.addmm_(grad[i * portion :][: len(rows)].T, values)
         return None, None, None, None, None, *grad_weights
@@ -292,3 +298,7 @@ class _ProjectAndPool(torch.autograd.Function):
 def _portion(table: Tensor) -> int:
     """Rows at a time: of cache size on a CPU, enough to hide kernel launches on a GPU."""
     return max(1, _PORTION_ELEMENTS[table.device.type] // table.shape[1])
+
+
+def _buffer(table: Tensor, rows: int) -> Tensor:
+    return torch.empty(rows, table.shape[1], device=table.device)

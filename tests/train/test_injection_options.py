@@ -174,7 +174,7 @@ def test_gradients_are_those_of_finite_differences(options: dict, monkeypatch: p
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        monkeypatch.setattr(injection_module, "dequantize", lambda f, r: dequantize(f, r).double())
+        monkeypatch.setattr(injection_module, "dequantize", lambda f, r, _: dequantize(f, r).double())
         monkeypatch.setitem(injection_module._PORTION_ELEMENTS, "cpu", 3 * DIM)
         sites = random_sites(2, count=8, edge=5)
         rows = random_rows(len(sites[0]))
@@ -324,9 +324,10 @@ def test_rows_become_float_in_portions_only(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(injection_module._PORTION_ELEMENTS, "cpu", 10 * DIM)
     sizes = []
 
-    def measured(features: FeatureRows, rows: Tensor) -> Tensor:
+    def measured(features: FeatureRows, rows: Tensor, buffer: Tensor) -> Tensor:
         sizes.append(len(rows))
-        return dequantize(features, rows)
+        assert len(buffer) <= 10 + 8
+        return dequantize(features, rows, buffer)
 
     monkeypatch.setattr(injection_module, "dequantize", measured)
     monkeypatch.setattr(Injection, "_projects_first", lambda *_: False)
