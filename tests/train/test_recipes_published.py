@@ -340,7 +340,8 @@ def test_classes_are_in_the_order_of_the_benchmarks() -> None:
 
 def test_the_end_of_a_run_names_its_target() -> None:
     line = published_line(shipped("s3dis/inject-ptv3").published)
-    assert line == "published  mIoU 74.1 Area 5 (full protocol; DITR (arXiv 2503.18944), tables 1-2)"
+    source = "DITR (arXiv 2503.18944), tables 1-2"
+    assert line == f"published  mIoU 74.1 Area 5 (full protocol, the recipe as it ships; {source})"
     assert published_line(shipped("s3dis/inject").published) == published_line(None) == ""
 
 

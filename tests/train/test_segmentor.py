@@ -144,7 +144,7 @@ def test_features_teach_what_points_cannot_tell() -> None:
             F.cross_entropy(model(seen), seen_labels).backward()
             optimizer.step()
         accuracy[name] = (model.eval()(unseen).argmax(dim=1) == unseen_labels).float().mean().item()
-    assert accuracy["plain"] < 0.65 < 0.85 < accuracy["mean"]
+    assert accuracy["plain"] < 0.6 < 0.75 < accuracy["mean"]
 
 
 def test_same_seed_same_weights_and_a_checkpoint_restores_them(tmp_path: Path) -> None:
