@@ -27,8 +27,8 @@ def convert(run_dir: str | Path, out: str | Path, *, to: str = "pointcept", chec
     """Write the network of a run as a file that another code base loads.
 
     For `pointcept` that is what its `weight=` takes: `state_dict`, with the names of its segmentor, and `epoch`. Of use
-    to us alone is the version of this package beside them. The
-    head of a distillation, which says VFM features, is left out.
+    to us alone is the version of this package beside them. The head of a distillation, which says VFM features, is
+    left out.
 
     Args:
         run_dir: made by `ditr-train run`.

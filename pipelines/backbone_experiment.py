@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 import click
-from benchmarks_page import machine, write_section
+from benchmarks_page import machine, table_lines, write_section
 from commands import VFM, call, console, planned, train_all
 from experiments import class_mean, last, spread
 from rich.table import Table
@@ -72,9 +72,7 @@ def experiment(out: Path, scenes: int, seeds: int, steps: int, page: Path) -> No
         "",
         f"Machine: {machine()}.",
         "",
-        f"| {' | '.join(HEADS)} |",
-        f"|{'---|' * len(HEADS)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *table_lines(HEADS, rows),
     ]
     write_section(page, "backbone_experiment", "\n".join(lines))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 import torch
-from benchmarks_page import machine, write_section
+from benchmarks_page import machine, table_lines, write_section
 from rich.console import Console
 from rich.table import Table
 
@@ -198,11 +198,6 @@ def print_library_step(points: int, rounds: int) -> None:
     )
     seconds = alternately([step_of("SparseUNet", room(points, "cpu"), injected=False)], rounds)
     print(json.dumps([name, statistics.median(s[0] for s in seconds)]))
-
-
-def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 @click.command()

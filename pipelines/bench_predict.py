@@ -18,7 +18,7 @@ import click
 import laspy
 import numpy as np
 import torch
-from benchmarks_page import machine, write_section
+from benchmarks_page import machine, table_lines, write_section
 from rich.console import Console
 from rich.table import Table
 
@@ -118,9 +118,7 @@ def bench(points: tuple[int, ...], tmp: Path | None, page: Path | None) -> None:
             "",
             f"Machine: {machine()}.",
             "",
-            f"| {' | '.join(HEADS)} |",
-            f"|{'---|' * len(HEADS)}",
-            *(f"| {' | '.join(row)} |" for row in rows),
+            *table_lines(HEADS, rows),
         ]
         write_section(page, "bench_predict", "\n".join(lines))
 
