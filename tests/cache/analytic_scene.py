@@ -152,9 +152,17 @@ def load_vfm(checkpoint: Path, image_size: tuple[int, int] = IMAGE_SIZE) -> Froz
 
 def place(feature: np.ndarray) -> np.ndarray:
     """World position [N, 3] that features [N, C] speak of; test_vit's mean and std are 0.5."""
-    token = feature.astype(np.float64) - _NORM_BIAS.numpy()
+    token = feature.astype(np.float64) - _NORM_BIAS.numpy()[: feature.shape[1]]
     normalised = token[:, :3] / token[:, _ANCHOR, None]
     return LOW + (normalised * 0.5 + 0.5) * (HIGH - LOW)
+
+
+def feature_of(color: np.ndarray) -> np.ndarray:
+    """Feature [..., 8] whose `place` is that of a mean colour [..., 3] in 0..1: what the network makes of a patch."""
+    feature = np.zeros((*color.shape[:-1], 8), np.float32)
+    feature[..., :3] = (color - 0.5) / 0.5
+    feature[..., _ANCHOR] = 1
+    return feature + _NORM_BIAS.numpy()[:8]
 
 
 # --- the whole path -------------------------------------------------------------------------------------------------
