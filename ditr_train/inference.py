@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from ditr_cache.errors import StorageError
+from ditr_cache.pointcloud.cloud import PointCloud
+from ditr_cache.pointcloud.normals import estimate_normals
 from ditr_cache.store import open_cache
 from ditr_train.data.chromatic import ChromaticNormalize
 from ditr_train.data.dataset import VoxelSample
@@ -21,8 +23,6 @@ from ditr_train.data.spatial import center
 from ditr_train.data.transforms import Transform, apply
 from ditr_train.data.voxelize import voxelize
 from ditr_train.distributed import autocast
-from ditr_train.pointcloud.cloud import PointCloud
-from ditr_train.pointcloud.normals import estimate_normals
 from ditr_train.pointcloud.output import OutputFiles, output_bytes
 from ditr_train.pointcloud.placed import PlacedCloud
 from ditr_train.pointcloud.spill import Spill, record_dtype

@@ -16,12 +16,12 @@ from ditr_cache.errors import (
     UnknownNameError,
     UsageError,
 )
+from ditr_cache.pointcloud.cloud import PointCloud
+from ditr_cache.pointcloud.readers import READERS, open_cloud
 from ditr_cache.store import open_cache
 from ditr_train.inference import Normals, Outcome, moving_at_test, predict_cached, predict_cloud
-from ditr_train.pointcloud.cloud import PointCloud
 from ditr_train.pointcloud.output import ENDINGS, require_folder
 from ditr_train.pointcloud.progress import PredictProgress
-from ditr_train.pointcloud.readers import READERS, open_cloud
 from ditr_train.pointcloud.tiles import Tiling
 from ditr_train.signals import sigterm_as_interrupt
 from ditr_train.trained import TrainedRun, load_run

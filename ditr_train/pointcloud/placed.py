@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from ditr_cache.errors import DataError
+from ditr_cache.pointcloud.cloud import Chunk, PointCloud
 from ditr_train.data.sample import PointSample
 from ditr_train.data.transforms import Transform, apply
-from ditr_train.pointcloud.cloud import Chunk, PointCloud
 from ditr_train.pointcloud.survey import finite_points
 from ditr_train.pointcloud.tiles import LONGEST_EDGE
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import StorageError
+from ditr_cache.pointcloud.cloud import Chunk, PointCloud
 from ditr_train.data.sample import PointSample
-from ditr_train.pointcloud.cloud import Chunk, PointCloud
 from ditr_train.pointcloud.survey import CHUNK, Survey, finite_points
 from ditr_train.pointcloud.tiles import TilePlan
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import DataError
+from ditr_cache.pointcloud.cloud import Chunk, PointCloud, color_factor
 from ditr_train.data.voxelize import MAX_EXTENT
-from ditr_train.pointcloud.cloud import Chunk, PointCloud, color_factor
 
 CHUNK = 2**18
 """Points that are read at once."""

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditr_cache.errors import DataError, StorageError, UsageError
+from ditr_cache.pointcloud.cloud import Chunk, PointCloud
+from ditr_cache.pointcloud.normals import estimate_normals
 from ditr_train.pointcloud import spill as spill_module
 from ditr_train.pointcloud import survey as survey_module
-from ditr_train.pointcloud.cloud import Chunk, PointCloud
-from ditr_train.pointcloud.normals import estimate_normals
 from ditr_train.pointcloud.spill import Spill
 from ditr_train.pointcloud.survey import survey
 from ditr_train.pointcloud.tiles import TilePlan, Tiling, plan_tiles

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import DataError
-from ditr_train.pointcloud.cloud import Chunk, Columns, PointCloud
+from ditr_cache.pointcloud.cloud import Chunk, Columns, PointCloud
 
 _TYPES = {
     **dict.fromkeys(("char", "int8"), "i1"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ditr_cache.errors import CacheError, DataError, MissingDataError, UsageError
-from ditr_train.pointcloud.cloud import PointCloud
-from ditr_train.pointcloud.kitti import KittiCloud
-from ditr_train.pointcloud.las import LasCloud
-from ditr_train.pointcloud.pcd import PcdCloud
-from ditr_train.pointcloud.ply import PlyCloud
+from ditr_cache.pointcloud.cloud import PointCloud
+from ditr_cache.pointcloud.kitti import KittiCloud
+from ditr_cache.pointcloud.las import LasCloud
+from ditr_cache.pointcloud.pcd import PcdCloud
+from ditr_cache.pointcloud.ply import PlyCloud
 
 READERS: dict[str, type[PlyCloud | LasCloud | PcdCloud | KittiCloud]] = {
     ".ply": PlyCloud,

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import DataError
-from ditr_train.pointcloud.cloud import Chunk, Columns, PointCloud
-from ditr_train.pointcloud.optional import require
+from ditr_cache.pointcloud.cloud import Chunk, Columns, PointCloud
+from ditr_cache.pointcloud.optional import require
 
 _KINDS = {"F": "f", "I": "i", "U": "u"}
 _PACKED = ("rgb", "rgba")

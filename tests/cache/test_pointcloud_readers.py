@@ -16,8 +16,8 @@ from pypcd4 import Encoding
 from pypcd4 import PointCloud as Pypcd
 
 from ditr_cache.errors import CacheError, DataError, MissingDataError, UsageError
-from ditr_train.pointcloud.cloud import Chunk, PointCloud, color_factor
-from ditr_train.pointcloud.readers import open_cloud
+from ditr_cache.pointcloud.cloud import Chunk, PointCloud, color_factor
+from ditr_cache.pointcloud.readers import open_cloud
 
 
 def read(path: Path, size: int = 7) -> Chunk:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ditr_cache.errors import DataError
-from ditr_train.pointcloud.cloud import Chunk, PointCloud
+from ditr_cache.pointcloud.cloud import Chunk, PointCloud
 
 _POINT = np.dtype([("values", "<f4", (4,))])
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ditr_cache.errors import DataError
-from ditr_train.pointcloud.cloud import Chunk, Columns, PointCloud
-from ditr_train.pointcloud.optional import require
+from ditr_cache.pointcloud.cloud import Chunk, Columns, PointCloud
+from ditr_cache.pointcloud.optional import require
 
 _PURPOSE = "LAS and LAZ files"
 _RECORD = 54  # bytes of the smallest variable-length record

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_train.pointcloud.optional import require
+from ditr_cache.pointcloud.optional import require
 
 NEIGHBOURS = 16
 """Points, itself included, that a point's plane is fitted to."""

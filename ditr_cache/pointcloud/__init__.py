@@ -1,0 +1,1 @@
+"""Files of points: PLY, LAS/LAZ, PCD and KITTI, read chunk by chunk; normals of bare points."""
