@@ -6,6 +6,8 @@ bounds, 0 <= u < width, pixel column floor(u).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,10 +22,117 @@ def to_camera(coord: NDArray[np.floating], camera_from_world: NDArray[np.float64
     return coord.astype(np.float64) @ camera_from_world[:3, :3].T + camera_from_world[:3, 3]
 
 
+def depth_of(in_camera: NDArray[np.float64], camera: Camera) -> NDArray[np.float64]:
+    """Depth [N] in metres of points [N, 3] of the camera's frame: z, or in a panorama the distance."""
+    if camera.model == "equirectangular":
+        return np.asarray(np.linalg.norm(in_camera, axis=1))
+    return in_camera[:, 2]
+
+
 def project(in_camera: NDArray[np.float64], camera: Camera) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Image coordinates (u, v), [N] float64 each, of points [N, 3] in front of the camera (z > 0)."""
+    """Image coordinates (u, v), [N] float64 each, of points [N, 3] of positive depth; NaN where the lens is blind.
+
+    Lens polynomials fold back far outside the image: directions beyond that are not seen.
+    """
     x, y, z = in_camera.T
-    return camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy
+    if camera.model == "equirectangular":
+        longitude, latitude = np.arctan2(x, z), np.arctan2(y, np.hypot(x, z))
+        u = camera.fx * longitude + camera.cx
+        # The right border is the left one.
+        return np.where(u >= camera.width, u - 2 * np.pi * camera.fx, u), camera.fy * latitude + camera.cy
+    x, y = distort(x / z, y / z, camera)
+    return camera.fx * x + camera.cx, camera.fy * y + camera.cy
+
+
+def distort(
+    x: NDArray[np.float64], y: NDArray[np.float64], camera: Camera
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where the lens puts the directions (x, y, 1), in units of the focal lengths; NaN where it is blind.
+
+    Sources: OpenCV's documentation of `projectPoints` and of `fisheye::projectPoints`.
+    """
+    if camera.model == "pinhole":
+        return x, y
+    radius = np.hypot(x, y)
+    if camera.model == "fisheye":
+        theta = np.arctan(radius)
+        factor = _fisheye(theta, camera.distortion) / np.where(radius > 0, radius, 1)
+        factor = np.where(radius > 0, factor, 1.0)
+        blind = theta > _lens_limit(camera.model, camera.distortion)
+        return np.where(blind, np.nan, x * factor), np.where(blind, np.nan, y * factor)
+    p1, p2 = camera.distortion[2:4]
+    blind = radius > _lens_limit(camera.model, camera.distortion)
+    x, y = np.where(blind, np.nan, x), np.where(blind, np.nan, y)
+    square = x * x + y * y
+    factor = _radial(square, camera.distortion)
+    return (
+        x * factor + 2 * p1 * x * y + p2 * (square + 2 * x * x),
+        y * factor + p1 * (square + 2 * y * y) + 2 * p2 * x * y,
+    )
+
+
+def _radial(square: NDArray[np.float64], k: tuple[float, ...]) -> NDArray[np.float64]:
+    """Radial factor of OpenCV's rational model at squared radii."""
+    k1, k2, _, _, k3, k4, k5, k6 = (*k, *(0.0,) * (8 - len(k)))
+    above = 1 + square * (k1 + square * (k2 + square * k3))
+    return above / (1 + square * (k4 + square * (k5 + square * k6)))
+
+
+def _fisheye(theta: NDArray[np.float64], k: tuple[float, ...]) -> NDArray[np.float64]:
+    """Distorted angle of angles from the optical axis."""
+    square = theta * theta
+    return theta * (1 + square * (k[0] + square * (k[1] + square * (k[2] + square * k[3]))))
+
+
+@lru_cache(maxsize=4096)
+def _lens_limit(model: str, distortion: tuple[float, ...]) -> float:
+    """Largest radius (radial-tangential) or angle (fisheye) up to which the distorted radius still grows."""
+    fine = np.linspace(0, np.arctan(30.0), 20_000) if model == "fisheye" else np.linspace(0, 30, 60_000)
+    bent = _fisheye(fine, distortion) if model == "fisheye" else fine * _radial(fine * fine, distortion)
+    falling = np.flatnonzero(~(np.diff(bent) > 0))
+    return float(fine[falling[0]]) if len(falling) else np.inf
+
+
+@lru_cache(maxsize=4)
+def pixel_rays(camera: Camera) -> NDArray[np.float64]:
+    """[H, W, 3] float64 direction of every pixel's centre, as long as its depth says: point = depth * ray.
+
+    NaN where the lens model reaches no such pixel. Frames share the array: it is read-only.
+    """
+    u, v = np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
+    x, y = (u - camera.cx) / camera.fx, (v - camera.cy) / camera.fy
+    if camera.model == "equirectangular":
+        rays = np.stack([np.cos(y) * np.sin(x), np.sin(y), np.cos(y) * np.cos(x)], axis=-1)
+    else:
+        x, y = undistort(x, y, camera)
+        rays = np.stack([x, y, np.ones_like(x)], axis=-1)
+    rays.setflags(write=False)
+    return rays
+
+
+def undistort(
+    x: NDArray[np.float64], y: NDArray[np.float64], camera: Camera
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Inverse of `distort`: Newton's method, or a table of the angle for `fisheye`; NaN where there is none."""
+    if camera.model == "pinhole":
+        return x, y
+    if camera.model == "fisheye":  # one dimension: a table of the angle is exact to its step, and always there
+        limit = min(_lens_limit(camera.model, camera.distortion), float(np.arctan(30.0)))
+        theta = np.linspace(0, limit, 200_000)
+        bent = np.hypot(x, y)
+        angle = np.interp(bent, _fisheye(theta, camera.distortion), theta, right=np.nan)
+        factor = np.where(bent > 0, np.tan(angle) / np.where(bent > 0, bent, 1), 1.0)
+        return x * factor, y * factor
+    goal_x, goal_y, step = x, y, 1e-7
+    for _ in range(20):
+        at_x, at_y = distort(x, y, camera)
+        (ax, ay), (bx, by) = distort(x + step, y, camera), distort(x, y + step, camera)
+        a, b, c, d = (ax - at_x) / step, (bx - at_x) / step, (ay - at_y) / step, (by - at_y) / step
+        determinant = a * d - b * c
+        off_x, off_y = goal_x - at_x, goal_y - at_y
+        x = x + (d * off_x - b * off_y) / determinant
+        y = y + (a * off_y - c * off_x) / determinant
+    return x, y
 
 
 def inside(u: NDArray[np.float64], v: NDArray[np.float64], camera: Camera) -> NDArray[np.bool_]:

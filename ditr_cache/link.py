@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import DataError
-from ditr_cache.geometry import inside, project, to_camera, to_fraction, visible_by_depth, visible_by_zbuffer
+from ditr_cache.geometry import (
+    depth_of,
+    inside,
+    project,
+    to_camera,
+    to_fraction,
+    visible_by_depth,
+    visible_by_zbuffer,
+)
 from ditr_cache.sample import Sample, View
 from ditr_cache.schema import LinkSettings
 
@@ -56,47 +64,90 @@ def check_pose(view: View) -> None:
         )
 
 
-def link_view(coord: NDArray[np.float32], view: View, settings: LinkSettings, *, spacing: float) -> Links:
+def link_view(
+    coord: NDArray[np.float32],
+    view: View,
+    settings: LinkSettings,
+    *,
+    spacing: float,
+    order: NDArray[np.integer] | None = None,
+) -> Links:
     """Links between points [N, 3] and one view.
 
     A point is linked where it lies before the camera within the depth range and inside the image, and agrees with the
-    view's depth map within the tolerance (DITR: 0.2 m); without a depth map a z-buffer of the points decides.
+    view's depth map within the tolerance (DITR: 0.2 m); without a depth map a z-buffer of the points decides. A view
+    that comes with the dataset's own projection is linked by that, within the depth range, without an occlusion test.
 
     Args:
         coord: [N, 3] float32 world coordinates in metres.
         view: its pose must be finite.
-        settings: depth range and tolerance.
+        settings: depth range, occlusion test and tolerance.
         spacing: typical distance of neighbouring points, for the z-buffer.
+        order: [N] index of each point in the dataset's own order; None: the same order.
 
     Raises:
-        DataError: the pose is not rigid, or the depth map cannot be read.
+        DataError: the pose is not rigid, or the depth map or projection cannot be read.
     """
     check_pose(view)
     in_camera = to_camera(coord, view.camera_from_world)
-    z = in_camera[:, 2]
+    z = depth_of(in_camera, view.camera)
     in_range = (z > 0) & (z >= settings.depth_min)
     if settings.depth_max is not None:
         in_range &= z <= settings.depth_max
-    point = np.flatnonzero(in_range)
-    u, v = project(in_camera[point], view.camera)
-    keep = inside(u, v, view.camera)
+    if view.load_projection is not None:
+        point, u, v = _released(view, len(coord), order)
+        keep = in_range[point] & inside(u, v, view.camera)
+    else:
+        point = np.flatnonzero(in_range)
+        u, v = project(in_camera[point], view.camera)
+        keep = inside(u, v, view.camera)
     point, u, v = point[keep], u[keep], v[keep]
     z = z[point]
-    if view.load_depth is not None and view.depth_camera is not None:
-        depth = view.load_depth()
-        camera = view.depth_camera
-        if depth.shape != (camera.height, camera.width):
-            raise DataError(
-                f"depth of view {view.id!r}: expected {camera.height}x{camera.width} pixels, "
-                f"got {depth.shape[0]}x{depth.shape[1]}"
-            )
-        du, dv = project(in_camera[point], camera)
-        visible = inside(du, dv, camera)
-        visible[visible] = visible_by_depth(du[visible], dv[visible], z[visible], depth, settings.occlusion_tolerance)
+    if settings.occlusion == "none" or view.load_projection is not None:
+        visible = np.ones(len(point), dtype=bool)
+    elif view.load_depth is not None and view.depth_camera is not None:
+        visible = _agrees(view, in_camera[point], settings.occlusion_tolerance)
     else:
         visible = visible_by_zbuffer(u, v, z, view.camera, spacing=spacing, tolerance=settings.occlusion_tolerance)
     uv = np.stack([to_fraction(u[visible], view.camera.width), to_fraction(v[visible], view.camera.height)], axis=1)
     return Links(point=point[visible].astype(np.uint32), uv=uv, depth=z[visible].astype(np.float16))
+
+
+def _agrees(view: View, in_camera: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
+    """Whether points [N, 3] of the camera's frame agree with the view's depth map, [N] bool."""
+    camera, load = view.depth_camera, view.load_depth
+    assert camera is not None and load is not None
+    depth = load()
+    if depth.shape != (camera.height, camera.width):
+        raise DataError(
+            f"depth of view {view.id!r}: expected {camera.height}x{camera.width} pixels, "
+            f"got {depth.shape[0]}x{depth.shape[1]}"
+        )
+    u, v = project(in_camera, camera)
+    visible = inside(u, v, camera)
+    z = depth_of(in_camera, camera)
+    visible[visible] = visible_by_depth(u[visible], v[visible], z[visible], depth, tolerance)
+    return visible
+
+
+def _released(
+    view: View, points: int, order: NDArray[np.integer] | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """The dataset's own projection, by ascending point of the stored order."""
+    assert view.load_projection is not None
+    found = view.load_projection()
+    if len(found.point) and not 0 <= found.point.min() <= found.point.max() < points:
+        raise DataError(
+            f"view {view.id!r}: its projection names points {found.point.min()} to {found.point.max()}, expected 0 to "
+            f"{points - 1}"
+        )
+    point = found.point.astype(np.int64)
+    if order is not None:
+        position = np.empty(points, dtype=np.int64)
+        position[order] = np.arange(points)
+        point = position[point]
+    ascending = np.argsort(point, kind="stable")
+    return point[ascending], found.u[ascending], found.v[ascending]
 
 
 def concatenate(links: Sequence[Links]) -> Links:

@@ -14,18 +14,38 @@ from numpy.typing import ArrayLike, NDArray
 
 from ditr_cache.errors import DataError
 
+CAMERA_MODELS: dict[str, tuple[int, ...]] = {
+    "pinhole": (0,),
+    "radial_tangential": (4, 5, 8),
+    "fisheye": (4,),
+    "equirectangular": (0,),
+}
+"""Camera model -> how many distortion coefficients it takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Camera:
-    """Pinhole camera of one image size.
+    """Camera of one image size.
+
+    Models, with (x, y) = (X / Z, Y / Z) of a point in front of the camera and u = fx x' + cx, v = fy y' + cy:
+
+    - `pinhole`: x' = x.
+    - `radial_tangential`: OpenCV's (`cv2.projectPoints`), coefficients k1, k2, p1, p2[, k3[, k4, k5, k6]].
+    - `fisheye`: OpenCV's (`cv2.fisheye`, Kannala-Brandt), coefficients k1, k2, k3, k4. Only what lies in front of the
+      camera is seen.
+    - `equirectangular`: a panorama; u = fx longitude + cx, v = fy latitude + cy, longitude from z towards x, latitude
+      from the horizon down. Its depth is the distance along the ray.
 
     Args:
         width, height: image size in pixels.
-        fx, fy: focal lengths in pixels.
+        fx, fy: focal lengths in pixels (per radian, in a panorama).
         cx, cy: principal point in continuous image coordinates.
+        model: one of `CAMERA_MODELS`.
+        distortion: coefficients of the model; they do not change with the image size.
 
     Raises:
-        DataError: sizes or focal lengths that are not positive and finite (singular intrinsics).
+        DataError: sizes or focal lengths that are not positive and finite (singular intrinsics), an unknown model, or
+            another number of coefficients than it takes.
     """
 
     width: int
@@ -34,8 +54,17 @@ class Camera:
     fy: float
     cx: float
     cy: float
+    model: str = "pinhole"
+    distortion: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.model not in CAMERA_MODELS:
+            raise DataError(f"camera: unknown model {self.model!r}, expected one of {', '.join(CAMERA_MODELS)}")
+        if len(self.distortion) not in CAMERA_MODELS[self.model] or not np.isfinite(self.distortion).all():
+            wanted = " or ".join(str(n) for n in CAMERA_MODELS[self.model])
+            raise DataError(
+                f"camera: model {self.model} takes {wanted} finite distortion coefficients, got {self.distortion}"
+            )
         values = np.array([self.fx, self.fy, self.cx, self.cy], dtype=np.float64)
         if self.width < 1 or self.height < 1:
             raise DataError(f"camera: image size must be positive, got {self.width}x{self.height}")
@@ -55,14 +84,43 @@ class Camera:
             raise DataError(f"camera: expected a pinhole matrix without skew, got {k[:3, :3].tolist()}")
         return cls(width=width, height=height, fx=k[0, 0], fy=k[1, 1], cx=k[0, 2], cy=k[1, 2])
 
+    @classmethod
+    def panorama(cls, *, width: int, height: int) -> Camera:
+        """Equirectangular camera of all directions: the middle column looks along z, the top row up."""
+        return cls(
+            width=width,
+            height=height,
+            fx=width / (2 * np.pi),
+            fy=height / np.pi,
+            cx=width / 2,
+            cy=height / 2,
+            model="equirectangular",
+        )
+
     def resized(self, *, width: int, height: int) -> Camera:
         """Camera of the same image resized to `width` x `height`."""
         sx, sy = width / self.width, height / self.height
-        return Camera(width=width, height=height, fx=self.fx * sx, fy=self.fy * sy, cx=self.cx * sx, cy=self.cy * sy)
+        return replace(
+            self, width=width, height=height, fx=self.fx * sx, fy=self.fy * sy, cx=self.cx * sx, cy=self.cy * sy
+        )
 
     def cropped(self, *, left: int, top: int, width: int, height: int) -> Camera:
         """Camera of the window that starts at pixel (`left`, `top`); negative values pad."""
         return replace(self, width=width, height=height, cx=self.cx - left, cy=self.cy - top)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Projection:
+    """Where the dataset itself says that points fall in a view.
+
+    Args:
+        point: [L] index of the point in the dataset's own order, each at most once.
+        u, v: [L] float64 continuous image coordinates of the view's camera, inside the image.
+    """
+
+    point: NDArray[np.int64]
+    u: NDArray[np.float64]
+    v: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +133,8 @@ class View:
         camera_from_world: [4, 4] float64; entries that are not finite mark a view without a pose.
         load_image: returns [height, width, 3] uint8 RGB.
         depth_camera: intrinsics of the depth map, which shares the pose; None where there is no depth.
-        load_depth: returns [height, width] float32 metres along z, 0 where unknown.
+        load_depth: returns [height, width] float32 metres along z (a panorama: along the ray), 0 where unknown.
+        load_projection: returns the dataset's own projection of the points, which then stands in place of ours.
     """
 
     id: str
@@ -84,6 +143,7 @@ class View:
     load_image: Callable[[], NDArray[np.uint8]]
     depth_camera: Camera | None = None
     load_depth: Callable[[], NDArray[np.float32]] | None = None
+    load_projection: Callable[[], Projection] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,6 +23,10 @@ PROJECTION_VERSION = 1
 IGNORE_INDEX = -1
 """Label of points that no loss and no metric counts."""
 
+OCCLUSION = ("auto", "none")
+"""How hidden points are found: by the view's depth map, or a z-buffer of the points where it has none; or not at all,
+as DITR does outdoors."""
+
 LAYOUTS = ("fused", "views")
 """How a feature store is laid out: one row per visible point, or every token that a link sees, stored once."""
 
@@ -92,6 +96,7 @@ class LinkSettings:
         max_views: at most this many views, evenly spread over those that remain; None keeps all.
         occlusion_tolerance: metres; a point is visible where its depth is within this of the view's depth (DITR: 0.2).
         depth_min, depth_max: metres along the camera's z; points outside are not linked. None: no upper bound.
+        occlusion: one of `OCCLUSION`.
     """
 
     every_nth_frame: int | None = None
@@ -99,11 +104,21 @@ class LinkSettings:
     occlusion_tolerance: float = 0.2
     depth_min: float = 0.1
     depth_max: float | None = None
+    occlusion: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMetadata(Document):
-    """`cache.json`: what every partition of the cache has in common."""
+    """`cache.json`: what every partition of the cache has in common.
+
+    Args:
+        dataset: its name.
+        class_names, class_colors: by label index.
+        links: how points were linked to views.
+        ignore_index: label of points that do not count.
+        class_groups: group of each class, where the benchmark reports groups beside all (ScanNet200); else empty.
+        dataset_options: options of the dataset that are not its defaults.
+    """
 
     kind: ClassVar[str] = "cache"
 
@@ -112,9 +127,12 @@ class CacheMetadata(Document):
     class_colors: tuple[tuple[int, int, int], ...]
     links: LinkSettings
     ignore_index: int = IGNORE_INDEX
+    class_groups: tuple[str, ...] = ()
+    dataset_options: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "class_groups", tuple(self.class_groups))
         object.__setattr__(self, "class_colors", tuple(tuple(c) for c in self.class_colors))
         _nested(self, "links", LinkSettings)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import DataError
-from ditr_cache.geometry import inside, project
+from ditr_cache.geometry import inside, pixel_rays, project
 from ditr_cache.sample import Camera, Points, View
 
 T = TypeVar("T", np.float32, np.float64)
@@ -88,8 +88,8 @@ def back_project(
     depth = view.load_depth()
     image = view.load_image()
     points = unproject(depth, view.depth_camera)
-    keep = (depth >= depth_range[0]) & (depth <= depth_range[1])
-    in_camera, normals = points[keep].astype(np.float64), depth_normals(points)[keep].astype(np.float64)
+    keep = (depth >= depth_range[0]) & (depth <= depth_range[1]) & np.isfinite(points).all(axis=2)
+    in_camera, normals = points[keep].astype(np.float64), depth_normals(points, depth)[keep].astype(np.float64)
     u, v = project(in_camera, view.camera)
     seen = inside(u, v, view.camera)
     color = image[v[seen].astype(np.intp), u[seen].astype(np.intp)]
@@ -100,14 +100,11 @@ def back_project(
 
 def unproject(depth: NDArray[np.float32], camera: Camera) -> NDArray[np.float32]:
     """[H, W, 3] float32 points in the camera's frame of a depth map [H, W] in metres; pixel centres are at +0.5."""
-    height, width = depth.shape
-    x = ((np.arange(width) + 0.5 - camera.cx) / camera.fx).astype(np.float32)
-    y = ((np.arange(height) + 0.5 - camera.cy) / camera.fy).astype(np.float32)
-    return np.stack([x * depth, y[:, None] * depth, depth], axis=2)
+    return pixel_rays(camera).astype(np.float32) * depth[..., None]
 
 
-def depth_normals(in_camera: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[H, W, 3] float32 unit normals of a map of points [H, W, 3], towards the camera.
+def depth_normals(in_camera: NDArray[np.float32], depth: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[H, W, 3] float32 unit normals of a map of points [H, W, 3] and their depth [H, W], towards the camera.
 
     Zero at the border, where a neighbour has no depth, and at jumps of the depth, where no surface is.
     """
@@ -115,17 +112,16 @@ def depth_normals(in_camera: NDArray[np.float32]) -> NDArray[np.float32]:
     s = _STEP
     if min(in_camera.shape[:2]) <= 2 * s:
         return normals
-    centre = in_camera[s:-s, s:-s]
-    left, right = in_camera[s:-s, : -2 * s], in_camera[s:-s, 2 * s :]
-    above, below = in_camera[: -2 * s, s:-s], in_camera[2 * s :, s:-s]
-    z = centre[..., 2]
-    smooth = z > 0
+    centre = (slice(s, -s), slice(s, -s))
+    left, right = (slice(s, -s), slice(None, -2 * s)), (slice(s, -s), slice(2 * s, None))
+    above, below = (slice(None, -2 * s), slice(s, -s)), (slice(2 * s, None), slice(s, -s))
+    smooth = depth[centre] > 0
     for neighbour in (left, right, above, below):
-        smooth &= (neighbour[..., 2] > 0) & (np.abs(neighbour[..., 2] - z) <= _JUMP * s * z)
+        smooth &= (depth[neighbour] > 0) & (np.abs(depth[neighbour] - depth[centre]) <= _JUMP * s * depth[centre])
     # x right, y down, z forward: below-above cross right-left looks back at the camera.
-    normal = np.cross(below - above, right - left)
-    away = np.einsum("hwc,hwc->hw", normal, centre) > 0
-    normals[s:-s, s:-s] = _unit(normal) * (smooth * np.where(away, np.float32(-1), np.float32(1)))[..., None]
+    normal = np.cross(in_camera[below] - in_camera[above], in_camera[right] - in_camera[left])
+    away = np.einsum("hwc,hwc->hw", normal, in_camera[centre]) > 0
+    normals[centre] = _unit(normal) * (smooth * np.where(away, np.float32(-1), np.float32(1)))[..., None]
     return normals
 
 

@@ -166,7 +166,7 @@ def test_normals_stop_at_jumps_and_unknown_depth():
     depth = np.full((30, 40), 2.0, np.float32)
     depth[:, 20:] = 3.0
     depth[10, 5] = 0
-    normals = depth_normals(unproject(depth, Camera(width=40, height=30, fx=40, fy=40, cx=20, cy=15)))
+    normals = depth_normals(unproject(depth, Camera(width=40, height=30, fx=40, fy=40, cx=20, cy=15)), depth)
     known = np.linalg.norm(normals, axis=2) > 0
     assert not known[:, 17:23].any() and not known[10, 5] and not known[7, 5] and not known[:3].any()
     assert known[15, 12] and known[15, 30]
