@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from ditr_cache.errors import CacheError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _ImageSize(click.ParamType[tuple[int, int]]):
@@ -40,25 +43,43 @@ def cli(verbose: bool) -> None:
     )
 
 
+def dataset_options(command: F) -> F:
+    """The options that name a dataset, for every command that opens one."""
+    for option in (
+        click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the dataset; repeatable."),
+        click.option(
+            "--root", required=True, type=click.Path(path_type=Path), help="Folder of the dataset as unpacked."
+        ),
+        click.option("--dataset", required=True, metavar="NAME", help="See `ditr-cache datasets`."),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command()
-@click.option("--dataset", required=True, metavar="NAME", help="scannet, rgbd or rooms.")
-@click.option("--root", required=True, type=click.Path(path_type=Path), help="Folder of the dataset as unpacked.")
+@dataset_options
 @click.option("--out", required=True, metavar="CACHE", help="Folder of the cache; made where it does not exist.")
 @click.option("--split", "splits", multiple=True, help="Only this split; may be given several times.")
 @click.option("--vfm", default="dinov2-large", show_default=True, help="Short name, or any timm model's name.")
 @click.option("--checkpoint", type=click.Path(), help="Weights: .safetensors or a state dict saved by torch.")
-@click.option("--image-size", type=_ImageSize(), help="Size the VFM sees.  [default: 30x40 patches]")
+@click.option("--image-size", type=_ImageSize(), help="Size the VFM sees.  [default: the dataset's recipe]")
 @click.option("--every-nth-frame", type=click.IntRange(min=1), help="Keep every n-th frame.  [default: the dataset's]")
 @click.option("--max-views", type=click.IntRange(min=1), help="At most this many views a sample, evenly spread.")
 @click.option("--occlusion-tolerance", type=click.FloatRange(min=0), help="Metres.  [default: 0.2]")
-@click.option("--depth-min", type=click.FloatRange(min=0), help="Metres; nearer points are not linked.  [default: 0.1]")
+@click.option(
+    "--occlusion",
+    type=click.Choice(["auto", "none"]),
+    help="auto: hidden points get no feature; none: no test.  [default: none outdoors, else auto]",
+)
+@click.option(
+    "--depth-min", type=click.FloatRange(min=0), help="Metres; nearer points are not linked.  [default: the dataset's]"
+)
 @click.option("--depth-max", type=click.FloatRange(min=0), help="Metres; farther points are not linked.")
 @click.option(
     "--layout",
     type=click.Choice(["fused", "views"]),
-    default="fused",
-    show_default=True,
-    help="One feature per point, or the tokens of all its views, for the trainer to choose from.",
+    help="One feature per point, or the tokens of all its views, for the trainer to choose from.  "
+    "[default: views outdoors, else fused]",
 )
 @click.option("--fuse", type=click.Choice(["mean", "last", "nearest"]), help="Of a point's views.  [default: mean]")
 @click.option("--codec", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
@@ -78,6 +99,7 @@ def cli(verbose: bool) -> None:
 def extract(
     dataset: str,
     root: Path,
+    options: tuple[str, ...],
     out: str,
     splits: tuple[str, ...],
     vfm: str,
@@ -85,7 +107,7 @@ def extract(
     image_size: tuple[int, int] | None,
     device: str,
     compile_: bool,
-    layout: str,
+    layout: str | None,
     fuse: str | None,
     codec: str,
     batch_size: int | None,
@@ -95,13 +117,14 @@ def extract(
     retry_incomplete: bool,
     dry_run: bool,
     as_json: bool,
-    **links: float | None,
+    **links: float | str | None,
 ) -> None:
     """Run a VFM over a dataset's images and store its features on the points.
 
     Run again, it does only what is missing; with another --vfm it reuses all geometry.
     """
     _require_torch()
+    from ditr_cache.datasets import parse_options
     from ditr_cache.extract import ExtractRequest
     from ditr_cache.extract import extract as run
     from ditr_cache.partition import ExtractSettings
@@ -112,6 +135,7 @@ def extract(
         settings=ExtractSettings(
             dataset=dataset,
             root=str(root.absolute()),
+            options=parse_options(dataset, options),
             cache=out if "://" in out else str(Path(out).absolute()),
             vfm=VFMRequest(
                 name=vfm,

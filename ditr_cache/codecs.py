@@ -9,6 +9,7 @@ Bounds (held by property tests), for a row x and its decoded row y:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,14 @@ def encode(rows: NDArray[np.floating], codec: str) -> EncodedRows:
     scale, inverse = np.where(np.isfinite(inverse), (scale, inverse), np.float32(0))
     codes = np.rint(rows.astype(np.float32) * inverse[:, None])
     return EncodedRows(table=np.clip(codes, -127, 127).astype(np.int8), scale=scale)
+
+
+def concatenate_rows(parts: Sequence[EncodedRows]) -> EncodedRows:
+    """Rows of several parts of one codec, at least one, one after the other."""
+    scales = [part.scale for part in parts if part.scale is not None]
+    return EncodedRows(
+        table=np.concatenate([part.table for part in parts]), scale=np.concatenate(scales) if scales else None
+    )
 
 
 def decode(table: NDArray[np.generic], scale: NDArray[np.float32] | None) -> NDArray[np.float32]:

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ditr_cache.datasets.base import Dataset, Partition, open_dataset, partitions
+from ditr_cache.datasets.base import Dataset, Partition, changed_options, open_dataset, partitions
 from ditr_cache.errors import MissingDataError
 from ditr_cache.executors import run_here, run_on_dask
 from ditr_cache.files import Paths, local_path, read_document, remove_leftovers
 from ditr_cache.partition import ExtractSettings, PartitionWorker, committed, reused_summary
 from ditr_cache.progress import PartitionSummary, ProgressDisplay, RunTotals
-from ditr_cache.schema import CacheMetadata, LinkSettings
+from ditr_cache.schema import CacheMetadata
 from ditr_cache.store import CacheWriter
 from ditr_cache.vfm import FrozenVFM, resolve_device
 
@@ -34,7 +34,7 @@ class ExtractRequest:
     """
 
     settings: ExtractSettings
-    links: dict[str, int | float] = field(default_factory=dict)
+    links: dict[str, int | float | str] = field(default_factory=dict)
     splits: tuple[str, ...] | None = None
     limit: int | None = None
     workers: int | None = None
@@ -47,17 +47,20 @@ def resolve(request: ExtractRequest) -> tuple[Dataset, list[Partition], CacheMet
     Raises:
         CacheError: whatever makes the request unusable.
     """
-    dataset = open_dataset(request.settings.dataset, request.settings.root)
+    options = request.settings.options
+    dataset = open_dataset(request.settings.dataset, request.settings.root, options)
     wanted = partitions(dataset, request.splits)[: request.limit]
     existing = Paths(local_path(request.settings.cache)).metadata
     try:
         links = replace(read_document(existing, CacheMetadata).links, **request.links)  # type: ignore[arg-type]
     except MissingDataError:
-        links = LinkSettings(**request.links)  # type: ignore[arg-type]
+        links = replace(dataset.defaults.links, **request.links)  # type: ignore[arg-type]
     metadata = CacheMetadata(
         dataset=dataset.name,
         class_names=tuple(c.name for c in dataset.classes),
         class_colors=tuple(c.color for c in dataset.classes),
+        class_groups=tuple(c.group for c in dataset.classes) if any(c.group for c in dataset.classes) else (),
+        dataset_options=changed_options(dataset.name, options),
         links=links,
     )
     return dataset, wanted, metadata

@@ -5,23 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.codecs import encode
-from ditr_cache.datasets.base import Partition, open_dataset
+from ditr_cache.codecs import EncodedRows, concatenate_rows, encode
+from ditr_cache.datasets.base import DATASETS, Defaults, OptionValue, Partition, dataset_class, open_dataset
 from ditr_cache.errors import CacheError, DataError, StorageError, UnknownNameError, UsageError
 from ditr_cache.geometry import morton_order, point_spacing
-from ditr_cache.lift import TokenTable, every_token, fuse
 from ditr_cache.link import Links, concatenate, link_view, select_views
 from ditr_cache.progress import PartitionSummary
 from ditr_cache.sample import Points, Sample
+from ditr_cache.sample_features import SampleFeatures
 from ditr_cache.schema import (
+    IGNORE_INDEX,
     LAYOUTS,
     NOT_FUSED,
     BrokenView,
@@ -45,6 +46,9 @@ STORED_DTYPES = {
     "instance": np.int32,
 }
 
+UNLABELLED = {"segment": IGNORE_INDEX, "instance": -1}
+"""What points of a sample without labels get, in a partition where others have some."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractSettings:
@@ -53,8 +57,9 @@ class ExtractSettings:
     Args:
         dataset, root: which dataset, and where.
         cache: URL of the cache.
-        vfm: the model that was asked for.
-        layout: one of `LAYOUTS`.
+        vfm: the model that was asked for; without an image size or grid it gets the grid of the dataset's recipe.
+        options: of the dataset.
+        layout: one of `LAYOUTS`; None: `fused` where `fuse` is given, else the dataset's.
         fuse: how a point's views are reduced in the layout `fused`; None: `mean`.
         codec: how rows are stored.
         retry_incomplete: redo partitions that were committed without some of their views.
@@ -69,15 +74,22 @@ class ExtractSettings:
     root: str
     cache: str
     vfm: VFMRequest
-    layout: str = "fused"
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    layout: str | None = None
     fuse: str | None = None
     codec: str = "float16"
     retry_incomplete: bool = False
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        # A dataset that is not in the registry was opened by other means and has no recipe.
+        defaults = dataset_class(self.dataset).defaults if self.dataset in DATASETS else Defaults()
+        if self.layout is None:
+            object.__setattr__(self, "layout", "fused" if self.fuse is not None else defaults.layout)
+        if self.vfm.image_size is None and self.vfm.grid is None:
+            object.__setattr__(self, "vfm", replace(self.vfm, grid=defaults.grid))
         if self.layout not in LAYOUTS:
-            raise UnknownNameError.of("layout", self.layout, LAYOUTS)
+            raise UnknownNameError.of("layout", str(self.layout), LAYOUTS)
         if self.layout == "views" and self.fuse is not None:
             raise UsageError(
                 f"--fuse {self.fuse} reduces the views of a point, but --layout views keeps them all and leaves the "
@@ -87,7 +99,7 @@ class ExtractSettings:
     def complete_spec(self, spec: VFMSpec) -> VFMSpec:
         """The model's spec with what these settings add to the identity of the features."""
         fuse = NOT_FUSED if self.layout == "views" else self.fuse or "mean"
-        return replace(spec, layout=self.layout, fuse=fuse, codec=self.codec)
+        return replace(spec, layout=str(self.layout), fuse=fuse, codec=self.codec)
 
 
 class PartitionWorker:
@@ -103,7 +115,7 @@ class PartitionWorker:
         self, settings: ExtractSettings, vfm: FrozenVFM | None = None, expected_key: str | None = None
     ) -> None:
         self.settings = settings
-        self.dataset = open_dataset(settings.dataset, settings.root)
+        self.dataset = open_dataset(settings.dataset, settings.root, settings.options)
         self.writer = CacheWriter(settings.cache)
         self.vfm = vfm if vfm is not None else FrozenVFM(settings.vfm)
         self.spec = settings.complete_spec(self.vfm.spec)
@@ -152,41 +164,46 @@ class PartitionWorker:
     def _make_features(self, geometry: GeometryRecord) -> FeatureRecord:
         started = time.perf_counter()
         links = self.writer.read_arrays(geometry, LINK_ARRAYS)
-        views = [(s, v) for s in geometry.samples for v in s.views]
-        table = TokenTable(
-            links["link_uv"], [v.links for _, v in views], self.spec.grid, self.spec.dim, self.vfm.device
-        )
+        parts = [SampleFeatures.of(geometry, position, links, self.spec) for position in range(len(geometry.samples))]
+        wanted = [(part, view) for part in parts for view in part.linked_views]
+        load = self._image_loaders(geometry)
+        tasks = [lambda p=part, v=view: self.vfm.prepare(load(p.info.id, v)()) for part, view in wanted]
+        rows: list[EncodedRows] = []
+        indices: list[NDArray[np.int32]] = []
         broken: list[BrokenView] = []
-        images = 0
-        wanted = [i for i, (_, view) in enumerate(views) if view.links]
-        loaders = self._image_loaders(geometry)
-        batch: list[tuple[int, NDArray[np.uint8]]] = []
-        for position, result in _ahead(
-            [lambda i=i: self.vfm.prepare(loaders(views[i][0].id, views[i][1].id)()) for i in wanted],  # type: ignore[misc]
-            depth=2 * self.batch_size,
-        ):
-            i = wanted[position]
+        images = base = 0
+        batch: list[tuple[SampleFeatures, str, NDArray[np.uint8]]] = []
+        open_parts = deque(parts)
+
+        def finish(upto: SampleFeatures | None) -> None:
+            """Fuse and encode, in order, the samples before `upto`: their tokens need not be kept any longer."""
+            nonlocal base
+            while open_parts and open_parts[0] is not upto:
+                found, index = open_parts.popleft().rows(self.spec, self.vfm.device)
+                rows.append(encode(found, self.spec.codec))
+                indices.append(np.where(index >= 0, index + base, -1).astype(np.int32))
+                base += len(found)
+
+        for position, result in _ahead(tasks, depth=2 * self.batch_size):
+            part, view = wanted[position]
             if isinstance(result, CacheError):
-                table.drop(i)
-                broken.append(BrokenView(sample=views[i][0].id, view=views[i][1].id, error=str(result)))
+                part.drop(view)
+                broken.append(BrokenView(sample=part.info.id, view=view, error=str(result)))
             else:
-                batch.append((i, result))
+                batch.append((part, view, result))
             if batch and (len(batch) == self.batch_size or position == len(wanted) - 1):
-                tokens = self.vfm.embed([image for _, image in batch])
-                for (j, _), grid in zip(batch, tokens, strict=True):
-                    table.put(j, grid)
+                tokens = self.vfm.embed([image for _, _, image in batch])
+                for (of, name, _), grid in zip(batch, tokens, strict=True):
+                    of.put(name, grid)
                 images += len(batch)
+                finish(batch[-1][0])
                 batch.clear()
-        if self.spec.layout == "views":
-            rows, index = every_token(table)
-        else:
-            points = sum(s.points for s in geometry.samples)
-            rows, index = fuse(table, links["link_point"], links["link_depth"], points, self.spec.fuse)
+        finish(None)
         return self.writer.commit_features(
             self.spec,
             geometry,
-            encode(rows, self.spec.codec),
-            index,
+            concatenate_rows(rows),
+            np.concatenate(indices),
             images=images,
             broken_views=broken,
             seconds=time.perf_counter() - started,
@@ -212,11 +229,18 @@ def committed(
 ) -> tuple[GeometryRecord | None, FeatureRecord | None]:
     """What of a partition is there already and stays: its geometry, and its features made from that geometry."""
     geometry, features = writer.geometry(partition.id), writer.features(spec, partition.id)
+    if geometry is not None and len(partition.sample_ids) > 1 and not _same_samples(geometry, partition):
+        geometry = None  # a download that has grown since: other scans fall into the partition
     if geometry is None or (features is not None and features.geometry_digest != geometry.digest):
         features = None
     if retry_incomplete and any(r is not None and r.broken_views for r in (geometry, features)):
         return None, None
     return geometry, features
+
+
+def _same_samples(geometry: GeometryRecord, partition: Partition) -> bool:
+    left_out = {b.sample for b in geometry.broken_views if not b.view}
+    return {s.id for s in geometry.samples} | left_out == set(partition.sample_ids)
 
 
 def reused_summary(geometry: GeometryRecord, features: FeatureRecord) -> PartitionSummary:
@@ -260,14 +284,24 @@ def make_geometry(read: Callable[[str], Sample], partition: Partition, writer: C
     if not infos:
         raise DataError(f"partition {partition.id!r}: none of its {len(partition.sample_ids)} samples can be read")
     every = concatenate(links)
-    arrays: dict[str, NDArray[Any]] = {
-        name: np.concatenate([c[name] for c in clouds]) for name in clouds[0] if all(name in c for c in clouds)
-    }
+    arrays = _concatenate_clouds(clouds)
     arrays["offset"] = np.cumsum([i.points for i in infos], dtype=np.int64)
     arrays |= {"link_point": every.point, "link_uv": every.uv, "link_depth": every.depth}
     return writer.commit_geometry(
         partition.id, infos, arrays, broken_views=broken, seconds=time.perf_counter() - started
     )
+
+
+def _concatenate_clouds(clouds: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Point arrays of all samples, one after the other; scans without labels among others are unlabelled ones."""
+    names = [name for name in clouds[0] if all(name in c for c in clouds)]
+    names += [n for n in UNLABELLED if n not in names and any(n in c for c in clouds)]
+
+    def part(cloud: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
+        missing = np.full(len(cloud["coord"]), UNLABELLED.get(name, 0), dtype=STORED_DTYPES.get(name))
+        return cloud.get(name, missing)
+
+    return {name: np.concatenate([part(c, name) for c in clouds]) for name in names}
 
 
 def _link_sample(
@@ -292,7 +326,7 @@ def _link_sample(
     seen = np.zeros(len(order), dtype=bool)
     for view in select_views(sample, settings):
         try:
-            found = link_view(cloud["coord"], view, settings, spacing=spacing)
+            found = link_view(cloud["coord"], view, settings, spacing=spacing, order=order)
         except DataError as error:
             broken.append(BrokenView(sample=sample.id, view=view.id, error=str(error)))
             continue

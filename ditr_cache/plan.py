@@ -24,6 +24,9 @@ from ditr_cache.vfm import FrozenVFM
 PROBED_SAMPLES = 8
 """Samples, evenly spread, whose views are counted."""
 
+PROBED_SCANS = 8
+"""Scans of the probed partition that are linked."""
+
 PROBED_IMAGES = 8
 """Images whose way from file to store is timed."""
 
@@ -76,28 +79,27 @@ def estimate(request: ExtractRequest) -> Estimate:
     missing, without_geometry = _missing(request, metadata, wanted, spec)
     if not missing:
         return Estimate(partitions=0, reused=len(wanted), geometry=0, images=0, points=0, bytes=0, seconds=0.0)
-    images_per_partition = _mean_views(dataset, metadata, missing)
+    images = round(_mean_views(dataset, metadata, missing) * _samples(missing))
     with tempfile.TemporaryDirectory(prefix="ditr-plan-") as folder:
         probe = _probe(request, dataset, metadata, missing, vfm, Path(folder))
-    images = round(images_per_partition * len(missing))
-    seconds = probe.geometry_seconds * len(without_geometry) + probe.seconds_per_image * images
+    seconds = probe.geometry_seconds * _samples(without_geometry) + probe.seconds_per_image * images
     return Estimate(
         partitions=len(missing),
         reused=len(wanted) - len(missing),
         geometry=len(without_geometry),
         images=images,
-        points=round(probe.points * len(missing)),
-        bytes=round(probe.geometry_bytes * len(without_geometry) + probe.feature_bytes * len(missing)),
+        points=round(probe.points * _samples(missing)),
+        bytes=round(probe.geometry_bytes * _samples(without_geometry) + probe.feature_bytes * _samples(missing)),
         seconds=seconds,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Probe:
-    """Figures of one partition."""
+    """Figures of one sample, on average over those probed."""
 
-    points: int
-    geometry_bytes: int
+    points: float
+    geometry_bytes: float
     geometry_seconds: float
     feature_bytes: float
     seconds_per_image: float
@@ -121,12 +123,17 @@ def _missing(
     return missing, without_geometry
 
 
+def _samples(partitions: list[Partition]) -> int:
+    return sum(len(partition.sample_ids) for partition in partitions)
+
+
 def _mean_views(dataset: Dataset, metadata: CacheMetadata, missing: list[Partition]) -> float:
-    chosen = np.unique(np.linspace(0, len(missing) - 1, PROBED_SAMPLES).round().astype(int))
+    """Mean number of views of a sample."""
+    ids = [sample_id for partition in missing for sample_id in partition.sample_ids]
     counts = []
-    for i in chosen:
+    for i in np.unique(np.linspace(0, len(ids) - 1, PROBED_SAMPLES).round().astype(int)):
         try:
-            counts.append(sum(len(select_views(dataset.read(s), metadata.links)) for s in missing[i].sample_ids))
+            counts.append(len(select_views(dataset.read(ids[i]), metadata.links)))
         except DataError:
             continue  # the run itself will record it; the estimate rests on the others
     return float(np.mean(counts)) if counts else 0.0
@@ -140,9 +147,13 @@ def _probe(
     vfm: FrozenVFM,
     folder: Path,
 ) -> _Probe:
-    """Link the first readable partition; embed a few of its views in a second cache and time that."""
+    """Link the first readable partition; embed a few of its views in a second cache and time that.
+
+    Of a partition of many scans the first few stand for all.
+    """
     full = CacheWriter.create(folder / "full", metadata)
-    for partition in missing[:PROBED_SAMPLES]:
+    for whole in missing[:PROBED_SAMPLES]:
+        partition = Partition(whole.id, whole.sample_ids[:PROBED_SCANS])
         try:
             geometry = make_geometry(dataset.read, partition, full)
             break
@@ -150,7 +161,8 @@ def _probe(
             failure = error
     else:
         raise failure
-    few = replace(metadata, links=replace(metadata.links, max_views=PROBED_IMAGES))
+    views = max(1, PROBED_IMAGES // len(partition.sample_ids))
+    few = replace(metadata, links=replace(metadata.links, max_views=views))
     CacheWriter.create(folder / "few", few)
     # Of few views most points repeat the row of a neighbour, which compresses as the rows of all views will not:
     # fused by `last`, as in the layout `views`, every row is stored once, and tells what a row of its own takes.
@@ -169,11 +181,12 @@ def _probe(
         bytes_per_entry = index_bytes / max(1, *features.arrays["index"].shape)
         feature_bytes = row_bytes / max(1, features.rows) * rows + bytes_per_entry * entries + other_bytes
         seconds_per_image = features.seconds / features.images
+    samples = len(geometry.samples)
     return _Probe(
-        points=points,
-        geometry_bytes=sum(geometry.files.values()),
-        geometry_seconds=geometry.seconds,
-        feature_bytes=feature_bytes,
+        points=points / samples,
+        geometry_bytes=sum(geometry.files.values()) / samples,
+        geometry_seconds=geometry.seconds / samples,
+        feature_bytes=feature_bytes / samples,
         seconds_per_image=seconds_per_image,
     )
 

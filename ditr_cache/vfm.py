@@ -49,7 +49,8 @@ class VFMRequest:
     Args:
         name: short name or timm name.
         checkpoint: weights file; None: package or hub.
-        image_size: (height, width), multiples of the patch; None: `DEFAULT_GRID` tokens.
+        image_size: (height, width), multiples of the patch; None: as many patches as `grid` says.
+        grid: tokens (rows, columns); None: `DEFAULT_GRID`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         compile: run the network through torch.compile.
     """
@@ -57,6 +58,7 @@ class VFMRequest:
     name: str
     checkpoint: str | None = None
     image_size: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
     device: str = "auto"
     compile: bool = False
 
@@ -113,7 +115,8 @@ class FrozenVFM:
             self._level = len(levels) - 1
         level = levels[self._level]
         stride = int(level["reduction"])
-        size = request.image_size or (DEFAULT_GRID[0] * stride, DEFAULT_GRID[1] * stride)
+        grid = request.grid or DEFAULT_GRID
+        size = request.image_size or (grid[0] * stride, grid[1] * stride)
         if min(size) < stride or size[0] % stride or size[1] % stride:
             near = tuple(max(1, round(s / stride)) * stride for s in size)
             raise UsageError(

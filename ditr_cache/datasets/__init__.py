@@ -1,5 +1,27 @@
 """Datasets: each reads its official layout and yields `Sample`s."""
 
-from ditr_cache.datasets.base import DATASETS, ClassInfo, Dataset, Partition, open_dataset
+from ditr_cache.datasets.base import (
+    DATASETS,
+    ClassInfo,
+    Dataset,
+    Defaults,
+    Need,
+    Option,
+    Partition,
+    dataset_class,
+    open_dataset,
+    parse_options,
+)
 
-__all__ = ["DATASETS", "ClassInfo", "Dataset", "Partition", "open_dataset"]
+__all__ = [
+    "DATASETS",
+    "ClassInfo",
+    "Dataset",
+    "Defaults",
+    "Need",
+    "Option",
+    "Partition",
+    "dataset_class",
+    "open_dataset",
+    "parse_options",
+]

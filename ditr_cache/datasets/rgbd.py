@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ditr_cache.datasets.base import ClassInfo
+from ditr_cache.datasets.base import ClassInfo, Dataset, Need, Option
 from ditr_cache.datasets.frames import (
     check_principal_point,
     first_image_size,
@@ -81,7 +81,7 @@ class _Frame:
     pose: Path | str
 
 
-class RGBDDataset:
+class RGBDDataset(Dataset):
     """Captures of posed RGB-D frames below a folder. A sample is one capture; its id is the path below the root.
 
     Args:
@@ -94,6 +94,15 @@ class RGBDDataset:
     """
 
     name: ClassVar[str] = "rgbd"
+    title: ClassVar[str] = "posed RGB-D frames in the layout of 7-Scenes or Open3D"
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need("<capture>/frame-<n>.color.jpg|png, .depth.png, .pose.txt", "frames (7-Scenes)", "your own capture"),
+        Need("<capture>/color/ depth/ odometry.log", "or: frames (Open3D)", "your own capture"),
+        Need("camera-intrinsics.txt", "intrinsics, in the capture's folder or above it", "your own capture"),
+    )
+    options: ClassVar[tuple[Option, ...]] = (
+        Option("voxel_size", 0.02, "metres, of the grid on which depth is fused into points"),
+    )
 
     def __init__(self, root: Path, *, voxel_size: float = 0.02, depth_range: tuple[float, float] = (0.1, 6.0)) -> None:
         self.root = root

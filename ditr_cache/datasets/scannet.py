@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.base import ClassInfo
+from ditr_cache.datasets.base import ClassInfo, Dataset, Need
 from ditr_cache.datasets.frames import (
     check_principal_point,
     first_image_size,
@@ -48,7 +48,7 @@ _LIST_FOLDERS = (".", "splits", "meta_data", "Tasks/Benchmark")
 _SENS_STRIDE = 10  # .sens files hold every frame of a 30 Hz video
 
 
-class ScanNetDataset:
+class ScanNetDataset(Dataset):
     """ScanNet v2 with the 20 classes of its benchmark.
 
     Args:
@@ -60,6 +60,18 @@ class ScanNetDataset:
     """
 
     name: ClassVar[str] = "scannet"
+    title: ClassVar[str] = "ScanNet v2, the 20 classes of its benchmark"
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need("scans/<id>/<id>_vh_clean_2.ply", "points, colour, mesh", "download-scannet.py --type _vh_clean_2.ply"),
+        Need("scans/<id>/<id>_vh_clean_2.labels.ply", "labels", "download-scannet.py --type _vh_clean_2.labels.ply"),
+        Need("scans/<id>/<id>.txt", "image sizes", "download-scannet.py --type .txt"),
+        Need(
+            "scans/<id>/<id>.sens",
+            "frames; or color/ depth/ pose/ intrinsic/ exported from it",
+            "download-scannet.py --type .sens",
+        ),
+        Need("scans_test/<id>/", "the same without labels", "download-scannet.py, test scans", optional=True),
+    )
     class_table: ClassVar[Mapping[int, ClassInfo]] = SCANNET20
     """NYU40 id -> class, in the order of the label indices."""
     shipped_lists: ClassVar[bool] = True
@@ -166,6 +178,8 @@ class RoomsDataset(ScanNetDataset):
     """Rooms that `ditr-cache synthesize` wrote: the ScanNet layout with classes and split lists of their own."""
 
     name: ClassVar[str] = "rooms"
+    title: ClassVar[str] = "generated rooms (`ditr-cache synthesize`)"
+    needs: ClassVar[tuple[Need, ...]] = (Need("scans/<id>/", "everything", "ditr-cache synthesize ROOT"),)
     class_table: ClassVar[Mapping[int, ClassInfo]] = ROOMS13
     shipped_lists: ClassVar[bool] = False
 

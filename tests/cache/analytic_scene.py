@@ -215,7 +215,7 @@ def run(
         codec=codec,
     )
     opened = partition.open_dataset
-    partition.open_dataset = lambda name, where: Scenes()  # the registry holds only datasets of the package
+    partition.open_dataset = lambda name, where, options: Scenes()  # the registry holds only datasets of the package
     try:
         summary = PartitionWorker(settings, vfm)(Partition("scene", ("scene",)))
     finally:

@@ -111,8 +111,8 @@ def test_empty_dataset(extract: Run, cache: Path, tmp_path: Path, dataset: str) 
 
 
 def test_unknown_dataset(extract: Run, cache: Path) -> None:
-    refused(extract("--dataset", "scanet"), "'scanet'", "did you mean 'scannet'")
-    refused(extract("--dataset", "xyzzy"), "known: rgbd, rooms, scannet")
+    refused(extract("--dataset", "scanet"), "'scanet'", "'scannet'")
+    refused(extract("--dataset", "xyzzy"), "known: nuscenes, posed, rgbd, rooms, s3dis, scannet")
     assert not cache.exists()
 
 

@@ -1,0 +1,72 @@
+"""The features of one sample while its views pass through the VFM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ditr_cache.lift import TokenTable, every_token, fuse
+from ditr_cache.schema import GeometryRecord, SampleInfo, VFMSpec
+from ditr_cache.store import LINK_ARRAYS
+
+
+class SampleFeatures:
+    """The features of one sample of a partition while they are made. Tokens are held from its first view to its last.
+
+    Args:
+        info: what the geometry says of the sample.
+        point, uv, depth: its links, points counted from the sample's first.
+    """
+
+    def __init__(
+        self,
+        info: SampleInfo,
+        point: NDArray[np.uint32],
+        uv: NDArray[np.uint16],
+        depth: NDArray[np.float16],
+        spec: VFMSpec,
+    ) -> None:
+        self.info, self._point, self._uv, self._depth, self._spec = info, point, uv, depth, spec
+        self._position = {view.id: i for i, view in enumerate(info.views)}
+        self._dropped: list[str] = []
+        self._table: TokenTable | None = None
+
+    @classmethod
+    def of(cls, geometry: GeometryRecord, position: int, links: Mapping[str, NDArray[Any]], spec: VFMSpec) -> Self:
+        """The sample at that position of a geometry partition, of the arrays `LINK_ARRAYS` of the whole."""
+        of, first = geometry.link_slice(position), geometry.point_slice(position).start
+        point, uv, depth = (links[name][of] for name in LINK_ARRAYS)
+        return cls(geometry.samples[position], point - np.uint32(first), uv, depth, spec)
+
+    @property
+    def linked_views(self) -> list[str]:
+        """Ids of the views that have to be embedded."""
+        return [view.id for view in self.info.views if view.links]
+
+    def put(self, view: str, tokens: torch.Tensor) -> None:
+        """Fill in the tokens [rows, columns, C] of one view."""
+        self._tokens(tokens.device).put(self._position[view], tokens)
+
+    def drop(self, view: str) -> None:
+        """Forget the links of a view that could not be embedded."""
+        self._dropped.append(view)
+
+    def rows(self, spec: VFMSpec, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Rows [T, C] float32 and index [N] or, in the layout `views`, [L]; frees the tokens."""
+        table = self._tokens(device)
+        self._table = None
+        for view in self._dropped:
+            table.drop(self._position[view])
+        if spec.layout == "views":
+            return every_token(table)
+        return fuse(table, self._point, self._depth, self.info.points, spec.fuse)
+
+    def _tokens(self, device: torch.device) -> TokenTable:
+        if self._table is None:
+            per_view = [view.links for view in self.info.views]
+            self._table = TokenTable(self._uv, per_view, self._spec.grid, self._spec.dim, device)
+        return self._table
