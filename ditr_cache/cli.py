@@ -181,6 +181,49 @@ def extract(
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+def datasets(as_json: bool) -> None:
+    """List the datasets that can be extracted, and what each needs on disk."""
+    from ditr_cache.datasets.listing import describe_datasets, listing_lines
+
+    found = describe_datasets()
+    if as_json:
+        click.echo(json.dumps({"datasets": found}))
+    else:
+        for line in listing_lines(found):
+            click.echo(line)
+
+
+@cli.command()
+@dataset_options
+@click.option("--deep", is_flag=True, help="Read all points, images and depth maps, not just a few.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="PNG file to write: points drawn over an image.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+def check(dataset: str, root: Path, options: tuple[str, ...], deep: bool, out: Path | None, as_json: bool) -> None:
+    """Inspect a download before hours are spent on it: counts, missing or unreadable files, poses, intrinsics."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ditr_cache.check import check as run
+    from ditr_cache.datasets import open_dataset, parse_options
+
+    opened = open_dataset(dataset, root, parse_options(dataset, options))
+    columns = (TextColumn("check"), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=as_json or not sys.stderr.isatty()) as bar:
+        task = bar.add_task("check", total=None)
+        report = run(
+            opened, deep=deep, overlay=out, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+    else:
+        for line in report.lines():
+            click.echo(line)
+    if report.problems:
+        sys.exit(1)
+
+
+@cli.command()
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 def info(cache: str, as_json: bool) -> None:

@@ -111,7 +111,9 @@ def distorted(
 
     # The field of the lens: rays farther out than the image's corners never belong to it (the polynomial folds back).
     corners = np.array([(u - cx, v - cy) for u in (0, width) for v in (0, height)]) / (fx, fy)
-    limit = 1.25 * float(np.linalg.norm(_unbend(bend, corners[:, 0], corners[:, 1]), axis=0).max())
+    limit = (
+        1.25 * float(np.linalg.norm(_unbend(bend, corners[:, 0], corners[:, 1]), axis=0).max()) if any(k) else np.inf
+    )
 
     def to_pixel(p: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
         z = np.where(p[..., 2] > 1e-6, p[..., 2], 1.0)
@@ -121,7 +123,9 @@ def distorted(
         return fx * x + cx, fy * y + cy, seen
 
     def to_ray(u: Array, v: Array) -> Array:
-        x, y = _unbend(bend, (u - cx) / fx, (v - cy) / fy)
+        x, y = (u - cx) / fx, (v - cy) / fy
+        if any(k):
+            x, y = _unbend(bend, x, y)
         return np.stack([x, y, np.ones_like(x)], axis=-1)
 
     return Eye(width=width, height=height, camera_from_world=camera_from_world, to_pixel=to_pixel, to_ray=to_ray)

@@ -1,0 +1,316 @@
+"""Inspect a download before hours are spent on it: what is there, what is missing, and whether it makes sense."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ditr_cache.datasets.base import Dataset
+from ditr_cache.errors import CacheError, DataError, MissingDataError
+from ditr_cache.geometry import morton_order, point_spacing
+from ditr_cache.link import Links, check_pose, link_view, select_views
+from ditr_cache.overlay import Overlay
+from ditr_cache.sample import Camera, Points, Sample, View
+from ditr_cache.schema import IGNORE_INDEX, LinkSettings
+
+LOADED_SAMPLES = 4
+"""Samples, evenly spread, whose points and some of whose images are loaded where not all are (`--deep`)."""
+
+LOADED_VIEWS = 3
+"""Views of such a sample whose images and depth maps are loaded."""
+
+FIELD_OF_VIEW = (10.0, 175.0)
+"""Degrees across an image that a camera may see; a panorama is exempt."""
+
+OFF_CENTRE = 0.3
+"""Fraction of the image by which a principal point may lie off its middle."""
+
+EXTENT = (0.2, 2000.0)
+"""Metres that a sample may measure along its longest axis: less or more is a wrong unit."""
+
+FARTHEST_CAMERA = 1000.0
+"""Metres between a sample's camera and its nearest point: more is a pose of another frame."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Args:
+        kind: `missing` (a file), `unreadable` (a file), or `implausible` (values that can hardly be meant).
+        sample, view: where; view is empty for a whole sample.
+        text: what, and the remedy.
+    """
+
+    kind: str
+    sample: str
+    view: str
+    text: str
+
+
+@dataclass
+class CheckReport:
+    """What was found.
+
+    Args:
+        dataset, root: which.
+        splits: number of samples of each split.
+        samples: number of samples that could be described.
+        views, posed, used: frames of all samples, those with a pose, those that extraction would use by default.
+        loaded_samples, loaded_images: whose content was read.
+        points: of the loaded samples.
+        labelled, coverage: fraction of these that have a label, and that a loaded view sees.
+        classes: number of classes.
+        problems: see there.
+    """
+
+    dataset: str
+    root: str
+    splits: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    views: int = 0
+    posed: int = 0
+    used: int = 0
+    loaded_samples: int = 0
+    loaded_images: int = 0
+    points: int = 0
+    labelled: float = 0.0
+    coverage: float = 0.0
+    classes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, object]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+    def lines(self, shown: int = 20) -> Iterator[str]:
+        """For people; at most `shown` problems of each kind."""
+        splits = ", ".join(f"{split} {count}" for split, count in self.splits.items())
+        yield f"{self.dataset} at {self.root}: {sum(self.splits.values())} samples ({splits}), {self.classes} classes"
+        yield f"{self.views} frames, {self.posed} with a pose, {self.used} used by default"
+        yield (
+            f"read {self.loaded_samples} samples and {self.loaded_images} images: {self.points} points, "
+            f"{self.labelled:.1%} labelled, {self.coverage:.1%} seen by the images that were read"
+        )
+        counts = Counter(p.kind for p in self.problems)
+        for kind in counts:
+            found = [p for p in self.problems if p.kind == kind]
+            for problem in found[:shown]:
+                where = f"{problem.sample} view {problem.view}" if problem.view else problem.sample
+                yield f"{kind}: {where}: {problem.text}"
+            if len(found) > shown:
+                yield f"{kind}: and {len(found) - shown} more (all with --json)"
+        yield "no problems" if not counts else ", ".join(f"{n} {kind}" for kind, n in counts.items())
+
+
+def check(
+    dataset: Dataset,
+    *,
+    deep: bool = False,
+    overlay: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Describe every sample of a dataset, and read the content of some of them, or with `deep` of all.
+
+    Nothing is written but the overlay.
+
+    Args:
+        dataset: opened, so its layout was found.
+        deep: read all points, and every image and depth map that extraction would read by default.
+        overlay: PNG file to write: the points that were found visible, drawn over the image that sees most of them.
+        progress: called with the number of samples checked, and of all.
+
+    Raises:
+        StorageError: the overlay cannot be written.
+    """
+    report = CheckReport(dataset=dataset.name, root=str(dataset.root), classes=len(dataset.classes))
+    ids = []
+    for split in dataset.splits:
+        of_split = dataset.sample_ids(split)
+        report.splits[split] = len(of_split)
+        ids += list(of_split)
+    spread = np.linspace(0, len(ids) - 1, LOADED_SAMPLES).round().astype(int).tolist() if ids else []
+    loaded = set(range(len(ids))) if deep else set(spread)
+    content = _Content(dataset, report, every_view=deep)
+    for position, sample_id in enumerate(ids):
+        try:
+            sample = dataset.read(sample_id)
+            _describe(report, sample, dataset.defaults.links)
+            if position in loaded:
+                content.read(sample)
+        except CacheError as error:
+            report.problems.append(_problem(error, sample_id))
+        if progress is not None:
+            progress(position + 1, len(ids))
+    content.sum_up()
+    if overlay is not None:
+        if content.overlay is None:
+            report.problems.append(Problem("implausible", "", "", "no overlay: no image sees a point"))
+        else:
+            content.overlay.save(overlay)
+    return report
+
+
+def _problem(error: CacheError, sample: str, view: str = "") -> Problem:
+    return Problem("missing" if isinstance(error, MissingDataError) else "unreadable", sample, view, str(error))
+
+
+def _describe(report: CheckReport, sample: Sample, links: LinkSettings) -> None:
+    """Count the frames of a sample and judge its poses and intrinsics."""
+    report.samples += 1
+    report.views += len(sample.views) + len(sample.broken_views)
+    report.posed += sum(bool(np.isfinite(v.camera_from_world).all()) for v in sample.views)
+    used = select_views(sample, links)
+    report.used += len(used)
+    for broken, text in sample.broken_views:
+        report.problems.append(Problem("missing" if "no such file" in text else "unreadable", sample.id, broken, text))
+    if not used:
+        report.problems.append(
+            Problem("missing", sample.id, "", "no frame with a pose: its points will be kept with coverage 0")
+        )
+    judged: set[Camera] = set()
+    for view in used:
+        try:
+            check_pose(view)
+        except DataError as error:
+            report.problems.append(Problem("implausible", sample.id, view.id, str(error)))
+        for camera, what in ((view.camera, "image"), (view.depth_camera, "depth map")):
+            if camera is not None and camera not in judged:
+                judged.add(camera)
+                report.problems += [Problem("implausible", sample.id, view.id, t) for t in odd_camera(camera, what)]
+
+
+def odd_camera(camera: Camera, what: str) -> list[str]:
+    """What is hard to believe of intrinsics."""
+    if camera.model == "equirectangular":
+        return []
+    found = []
+    across = np.degrees(2 * np.arctan2(camera.width / 2, camera.fx))
+    if not FIELD_OF_VIEW[0] <= across <= FIELD_OF_VIEW[1]:
+        found.append(
+            f"intrinsics of the {what}: fx={camera.fx:g} for {camera.width} pixels is a field of view of {across:.1f} "
+            f"degrees, expected {FIELD_OF_VIEW[0]:g} to {FIELD_OF_VIEW[1]:g}; are they of another image size?"
+        )
+    off = max(abs(camera.cx / camera.width - 0.5), abs(camera.cy / camera.height - 0.5))
+    # A crop may move it out of the middle in one direction: Waymo's upper rows are cut off.
+    if off > OFF_CENTRE:
+        found.append(
+            f"intrinsics of the {what}: principal point ({camera.cx:g}, {camera.cy:g}) is {off:.0%} of the image off "
+            f"the middle of {camera.width}x{camera.height} pixels; are they of another image size?"
+        )
+    return found
+
+
+class _Content:
+    """Points, images and depth maps of the samples that are read, and the best overlay among them."""
+
+    def __init__(self, dataset: Dataset, report: CheckReport, *, every_view: bool) -> None:
+        self.overlay: Overlay | None = None
+        self._settings = dataset.defaults.links
+        self._report = report
+        self._every_view = every_view
+        self._colors = [c.color for c in dataset.classes]
+        self._labelled = self._seen = self._most_links = 0
+
+    def read(self, sample: Sample) -> None:
+        """Load a sample. Raises `CacheError` where its points cannot be read; images are recorded one by one."""
+        report = self._report
+        points = sample.load_points()
+        order = morton_order(points.coord)
+        coord = points.coord[order]
+        report.loaded_samples += 1
+        report.points += len(coord)
+        if not len(coord):
+            report.problems.append(Problem("implausible", sample.id, "", "no points"))
+            return
+        if points.segment is not None:
+            self._labelled += int((points.segment != IGNORE_INDEX).sum())
+        self._judge_extent(sample, points)
+        views = select_views(sample, self._settings)
+        if not self._every_view:
+            views = (
+                [views[i] for i in np.unique(np.linspace(0, len(views) - 1, LOADED_VIEWS).round().astype(int))]
+                if views
+                else []
+            )
+        spacing = point_spacing(coord)
+        seen = np.zeros(len(coord), dtype=bool)
+        for view in views:
+            try:
+                links = link_view(coord, view, self._settings, spacing=spacing, order=order)
+                image = view.load_image()
+                got, expected = image.shape[1::-1], (view.camera.width, view.camera.height)
+                if got != expected:
+                    raise DataError(f"image of {got[0]}x{got[1]} pixels, its camera says {expected[0]}x{expected[1]}")
+            except CacheError as error:
+                report.problems.append(_problem(error, sample.id, view.id))
+                continue
+            report.loaded_images += 1
+            seen[links.point] = True
+            self._keep_best(sample, view, points, order, links)
+        self._seen += int(seen.sum())
+        if views and not seen.any():
+            report.problems.append(
+                Problem(
+                    "implausible",
+                    sample.id,
+                    "",
+                    f"none of its {len(coord)} points is visible in the {len(views)} views that were read; are poses, "
+                    "depth units and axes right?",
+                )
+            )
+
+    def sum_up(self) -> None:
+        """Fractions over all that was read."""
+        if self._report.points:
+            self._report.labelled = round(self._labelled / self._report.points, 6)
+            self._report.coverage = round(self._seen / self._report.points, 6)
+
+    def _judge_extent(self, sample: Sample, points: Points) -> None:
+        low, high = points.coord.min(axis=0), points.coord.max(axis=0)
+        longest = float((high - low).max())
+        problems = self._report.problems
+        if not EXTENT[0] <= longest <= EXTENT[1]:
+            problems.append(
+                Problem(
+                    "implausible",
+                    sample.id,
+                    "",
+                    f"its points measure {longest:.4g} m along the longest axis, expected {EXTENT[0]:g} to "
+                    f"{EXTENT[1]:g}; are they in metres?",
+                )
+            )
+        for view in sample.views:
+            if not np.isfinite(view.camera_from_world).all():
+                continue
+            camera = -view.camera_from_world[:3, :3].T @ view.camera_from_world[:3, 3]
+            away = float(np.maximum(np.maximum(low - camera, camera - high), 0).max())
+            if away > FARTHEST_CAMERA:
+                problems.append(
+                    Problem(
+                        "implausible",
+                        sample.id,
+                        view.id,
+                        f"the camera stands {away:.4g} m outside the points' bounds; is its pose in the same frame, "
+                        "and in metres?",
+                    )
+                )
+                return
+
+    def _keep_best(self, sample: Sample, view: View, points: Points, order: np.ndarray, links: Links) -> None:
+        if len(links.point) <= self._most_links:
+            return
+        self._most_links = len(links.point)
+        segment = None if points.segment is None else points.segment[order[links.point]]
+        self.overlay = Overlay(
+            title=f"{self._report.dataset}  {sample.id}  view {view.id}  {len(links.point)} points",
+            image=view.load_image(),
+            uv=links.uv,
+            depth=links.depth.astype(np.float32),
+            segment=segment,
+            colors=self._colors,
+        )
