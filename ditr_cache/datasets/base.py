@@ -102,6 +102,27 @@ class Defaults:
     layout: str = "fused"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Size of a whole official release, as extraction sees it by default.
+
+    Args:
+        samples: of all splits.
+        images: that are embedded.
+        points: mean number of points of a sample.
+        coverage: fraction of points that at least one image sees.
+        views_per_point: mean number of images that see a covered point.
+        source: where the figures come from, and which are estimated.
+    """
+
+    samples: int
+    images: int
+    points: int
+    coverage: float
+    views_per_point: float
+    source: str
+
+
 class Dataset(ABC):
     """A dataset in its official layout below `root`.
 
@@ -116,6 +137,8 @@ class Dataset(ABC):
     options: ClassVar[tuple[Option, ...]] = ()
     defaults: ClassVar[Defaults] = Defaults()
     samples_per_partition: ClassVar[int] = 1
+    release: ClassVar[Release | None] = None
+    """Size of the whole release; None where everybody's data are of another size."""
     root: Path
 
     @property
