@@ -107,11 +107,8 @@ class Recipe(Section):
     def _check_segmentation(self) -> None:
         if self.sources:
             raise ValueError("sources is set but task is segment: several caches are for task distill; set cache")
-        if not isinstance(self.splits.train, str) or self.splits.val is None:
-            raise ValueError(
-                "splits: task segment trains on one split and evaluates on one, got "
-                f"train={self.splits.train!r} and val={self.splits.val!r}"
-            )
+        if self.splits.val is None:
+            raise ValueError("splits.val is null, but task segment is evaluated; name one with --set splits.val=NAME")
         if self.model.injection is not None and self.vfm is None:
             raise ValueError(
                 "model.injection is set but vfm is null: there is nothing to inject; name a VFM of the cache with "

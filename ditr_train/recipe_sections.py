@@ -151,7 +151,7 @@ class SplitsConfig(Section):
     """Names of the cache's splits.
 
     Args:
-        train: trained on; several only for distillation, which needs no labels.
+        train: trained on; one or several (say five areas of S3DIS).
         val: evaluated on; null only for distillation, which then is not evaluated.
     """
 

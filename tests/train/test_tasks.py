@@ -23,9 +23,11 @@ from ditr_cache.store import open_cache
 from ditr_train.checkpoint import load_checkpoint
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.data.loader import collate
+from ditr_train.distributed import Processes
 from ditr_train.models.build import build_distiller
 from ditr_train.models.distillation import Distiller
 from ditr_train.run_folder import RunFolder
+from ditr_train.tasks import open_task
 from ditr_train.tracking import read_metrics
 from ditr_train.trained import load_run
 from ditr_train.trainer import DivergedError, Trainer, TrainingInterruptedError, train
@@ -341,6 +343,15 @@ def test_a_fraction_of_the_samples_is_part_of_a_larger_one(tmp_path: Path, make_
     assert chosen[0.01] == chosen[0.05] < chosen[0.25] < chosen[1.0]
 
 
+def test_a_segmenter_may_train_on_several_splits(tmp_path: Path, make_cache: Make) -> None:
+    """As a fold of S3DIS does, whose areas are splits of one cache."""
+    cache = make_cache(tmp_path / "c", train=3, val=2, points=60)
+    both = recipe(cache, training__epochs=1, splits={"train": ["train", "val"], "val": "val"})
+    train(both, tmp_path / "run", device="cpu", quiet=True)
+    assert any("mIoU" in key for line in read_metrics(tmp_path / "run" / "metrics.jsonl") for key in line)
+    assert open_task(both, Processes(rank=0, world=1, device=torch.device("cpu"))).sizes == (5,)
+
+
 # --- bad input, before any epoch ------------------------------------------------------------------------------------
 
 
@@ -379,7 +390,7 @@ def test_faults_are_found_before_the_start(
     refused(UsageError, r"sources\.0\.ratio: so small", None, **{
         **DISTILL, "sources": [{"cache": str(narrow), "ratio": 1e-6}, {"cache": str(narrow), "ratio": 1}]
     })  # fmt: skip
-    refused(UsageError, "trains on one split and evaluates on one", splits={"val": None})
+    refused(UsageError, "splits.val is null, but task segment is evaluated", splits={"val": None})
     refused(UnknownNameError, "'val': known: train", make_cache(tmp_path / "e", train=2, val=0, points=20))
 
 
