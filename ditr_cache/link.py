@@ -108,7 +108,9 @@ def link_view(
     elif view.load_depth is not None and view.depth_camera is not None:
         visible = _agrees(view, in_camera[point], settings.occlusion_tolerance)
     else:
-        visible = visible_by_zbuffer(u, v, z, view.camera, spacing=spacing, tolerance=settings.occlusion_tolerance)
+        # Far off the axis of a fisheye z says little of how near, and how large in the image, a point is.
+        near = np.linalg.norm(in_camera[point], axis=1) if view.camera.model == "fisheye" else z
+        visible = visible_by_zbuffer(u, v, near, view.camera, spacing=spacing, tolerance=settings.occlusion_tolerance)
     uv = np.stack([to_fraction(u[visible], view.camera.width), to_fraction(v[visible], view.camera.height)], axis=1)
     return Links(point=point[visible].astype(np.uint32), uv=uv, depth=z[visible].astype(np.float16))
 

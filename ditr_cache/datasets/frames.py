@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +50,22 @@ def parse_matrix(text: str, where: str) -> NDArray[np.float64]:
 
 
 def invert_pose(world_from_camera: ArrayLike) -> NDArray[np.float64]:
-    """`camera_from_world` [4, 4] of a camera-to-world pose; all NaN where the pose is not finite (tracking lost).
+    """`camera_from_world` [4, 4] of a camera-to-world pose, or the other way round, as `rigid_pose` gives it.
 
     Raises:
         DataError: the matrix is not a rigid motion: wrong shape, scaled, mirrored, sheared or zero.
     """
-    pose = np.asarray(world_from_camera, dtype=np.float64)
+    pose = rigid_pose(world_from_camera)
+    return np.asarray(np.linalg.inv(pose), dtype=np.float64) if np.isfinite(pose).all() else pose
+
+
+def rigid_pose(matrix: ArrayLike) -> NDArray[np.float64]:
+    """A pose [4, 4] as it is, in float64; all NaN where it is not finite (tracking lost).
+
+    Raises:
+        DataError: the matrix is not a rigid motion: wrong shape, scaled, mirrored, sheared or zero.
+    """
+    pose = np.asarray(matrix, dtype=np.float64)
     if pose.shape != (4, 4):
         raise DataError(f"pose: expected a 4x4 matrix, got shape {list(pose.shape)}")
     if not np.isfinite(pose).all():
@@ -70,7 +80,7 @@ def invert_pose(world_from_camera: ArrayLike) -> NDArray[np.float64]:
     )
     if not rigid:
         raise DataError(f"pose: expected a rotation and a translation, got {np.round(pose, 4).tolist()}")
-    return np.asarray(np.linalg.inv(pose), dtype=np.float64)
+    return pose
 
 
 def read_pose(path: Path) -> NDArray[np.float64]:
@@ -133,7 +143,7 @@ def numbered_files(folder: Path, suffixes: tuple[str, ...]) -> dict[int, Path]:
     return dict(sorted(files.items()))
 
 
-def first_image_size(paths: Sequence[Path]) -> tuple[int, int]:
+def first_image_size(paths: Iterable[Path]) -> tuple[int, int]:
     """(width, height) of the first image whose header can be read; the others are checked when they are loaded.
 
     Raises:

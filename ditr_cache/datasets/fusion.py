@@ -1,4 +1,4 @@
-"""Points from posed depth maps: back-projection of every frame, averaged on a voxel grid.
+"""Points from posed depth maps: back-projection of every frame, then one point per voxel: the mean, or the first.
 
 Memory is bounded by the number of occupied voxels, not by the number of frames.
 """
@@ -6,7 +6,8 @@ Memory is bounded by the number of occupied voxels, not by the number of frames.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import TypeVar
 
 import numpy as np
@@ -103,13 +104,21 @@ def unproject(depth: NDArray[np.float32], camera: Camera) -> NDArray[np.float32]
     return pixel_rays(camera).astype(np.float32) * depth[..., None]
 
 
-def depth_normals(in_camera: NDArray[np.float32], depth: NDArray[np.float32]) -> NDArray[np.float32]:
+def depth_normals(
+    in_camera: NDArray[np.float32], depth: NDArray[np.float32], *, step: int = _STEP, jump: float = _JUMP
+) -> NDArray[np.float32]:
     """[H, W, 3] float32 unit normals of a map of points [H, W, 3] and their depth [H, W], towards the camera.
 
     Zero at the border, where a neighbour has no depth, and at jumps of the depth, where no surface is.
+
+    Args:
+        in_camera: points of the camera's frame.
+        depth: metres, 0 where unknown.
+        step: pixels to the neighbours on each side.
+        jump: fraction of the depth, per pixel of `step`, by which a neighbour may be nearer or farther.
     """
     normals = np.zeros_like(in_camera)
-    s = _STEP
+    s = step
     if min(in_camera.shape[:2]) <= 2 * s:
         return normals
     centre = (slice(s, -s), slice(s, -s))
@@ -117,12 +126,51 @@ def depth_normals(in_camera: NDArray[np.float32], depth: NDArray[np.float32]) ->
     above, below = (slice(None, -2 * s), slice(s, -s)), (slice(2 * s, None), slice(s, -s))
     smooth = depth[centre] > 0
     for neighbour in (left, right, above, below):
-        smooth &= (depth[neighbour] > 0) & (np.abs(depth[neighbour] - depth[centre]) <= _JUMP * s * depth[centre])
+        smooth &= (depth[neighbour] > 0) & (np.abs(depth[neighbour] - depth[centre]) <= jump * s * depth[centre])
     # x right, y down, z forward: below-above cross right-left looks back at the camera.
     normal = np.cross(in_camera[below] - in_camera[above], in_camera[right] - in_camera[left])
     away = np.einsum("hwc,hwc->hw", normal, in_camera[centre]) > 0
     normals[centre] = _unit(normal) * (smooth * np.where(away, np.float32(-1), np.float32(1)))[..., None]
     return normals
+
+
+def first_of_voxels(clouds: Iterable[Points], voxel_size: float) -> Points | None:
+    """The first point in every occupied voxel of several clouds, as it is; sorted by voxel. None where no point is.
+
+    Labels and edges stay what they are, where a mean would mix two surfaces. Memory is bounded by the number of
+    occupied voxels and the largest cloud.
+
+    Args:
+        clouds: with the same arrays.
+        voxel_size: metres.
+
+    Raises:
+        DataError: points outside the grid.
+    """
+    keys, kept = np.empty(0, dtype=np.int64), None
+    for cloud in clouds:
+        found = _voxel_keys(cloud.coord, voxel_size)
+        keys, first = np.unique(np.concatenate([keys, found]), return_index=True)
+        kept = _rows([cloud] if kept is None else [kept, cloud], first)
+    return kept if len(keys) else None
+
+
+def _rows(clouds: Sequence[Points], rows: NDArray[np.intp]) -> Points:
+    """Rows of clouds that stand one after the other."""
+    arrays = {f.name: [getattr(cloud, f.name) for cloud in clouds] for f in fields(Points)}
+    return Points(**{name: np.concatenate(parts)[rows] for name, parts in arrays.items() if parts[0] is not None})
+
+
+def _voxel_keys(coord: NDArray[np.floating], voxel_size: float) -> NDArray[np.int64]:
+    """[N] number of the voxel of each of the points [N, 3]. Raises `DataError` where they lie outside the grid."""
+    cell = np.floor(coord.astype(np.float64) / voxel_size)
+    if not (np.abs(cell) < _CELLS).all():
+        raise DataError(
+            f"points up to {float(np.abs(coord).max()):.3g} m from the origin, expected at most "
+            f"{_CELLS * voxel_size:.3g} m; the pose is damaged"
+        )
+    x, y, z = (cell.astype(np.int64) + _CELLS).T
+    return np.asarray((x * 2 * _CELLS + y) * 2 * _CELLS + z)
 
 
 class _VoxelGrid:
@@ -144,15 +192,9 @@ class _VoxelGrid:
         """Add points [N, 3] of one frame. Raises `DataError` where they lie outside the grid."""
         if not len(coord):
             return
-        cell = np.floor(coord / self._voxel_size)
-        if not (np.abs(cell) < _CELLS).all():
-            raise DataError(
-                f"points up to {float(np.abs(coord).max()):.3g} m from the origin, expected at most "
-                f"{_CELLS * self._voxel_size:.3g} m; the pose is damaged"
-            )
-        x, y, z = (cell.astype(np.int64) + _CELLS).T
+        keys = _voxel_keys(coord, self._voxel_size)
         values = np.concatenate([np.ones((len(coord), 1)), coord, color, normal], axis=1)
-        self._pending.append(_sum_by_key((x * 2 * _CELLS + y) * 2 * _CELLS + z, values))
+        self._pending.append(_sum_by_key(keys, values))
         self._pending_rows += len(self._pending[-1][0])
         if self._pending_rows > max(_MERGE_ROWS, len(self._keys)):
             self._merge()

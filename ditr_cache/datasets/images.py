@@ -17,7 +17,7 @@ from PIL import Image
 from ditr_cache.errors import DataError, MissingDataError
 
 MILLIMETRES = 1000.0
-"""Depth values per metre of every dataset here."""
+"""Depth values per metre, where a dataset has no unit of its own."""
 
 MAX_PIXELS = 2**26
 """Largest image that is decoded, 64 Mpx: more is a broken header or an attack, never a frame of a video."""
@@ -57,13 +57,16 @@ def read_color(source: Path | bytes, *, size: tuple[int, int], where: str) -> ND
         return np.asarray(image.convert("RGB"))
 
 
-def read_depth(source: Path | bytes, *, size: tuple[int, int], where: str) -> NDArray[np.float32]:
-    """[height, width] float32 metres of a 16-bit grey PNG in millimetres, 0 where unknown.
+def read_depth(
+    source: Path | bytes, *, size: tuple[int, int], where: str, scale: float = MILLIMETRES
+) -> NDArray[np.float32]:
+    """[height, width] float32 metres of a 16-bit grey PNG, 0 where unknown.
 
     Args:
         source: a file, or its content.
         size: (width, height) that the camera promises.
         where: names the depth map in errors.
+        scale: raw values per metre.
 
     Raises:
         MissingDataError: no such file.
@@ -73,7 +76,29 @@ def read_depth(source: Path | bytes, *, size: tuple[int, int], where: str) -> ND
         _check_size(image.size, size, where)
         if not image.mode.startswith("I"):
             raise DataError(f"{where}: expected a 16-bit grey depth map, got Pillow mode {image.mode!r}")
-        return depth_in_metres(np.asarray(image))
+        return depth_in_metres(np.asarray(image), scale)
+
+
+def read_ids(source: Path | bytes, *, size: tuple[int, int], where: str) -> NDArray[np.int32]:
+    """[height, width] int32 values of an image of ids: a grey one of 8 or 16 bits, or the indices of a palette.
+
+    Args:
+        source: a file, or its content.
+        size: (width, height) that the camera promises.
+        where: names the image in errors.
+
+    Raises:
+        MissingDataError: no such file.
+        DataError: truncated, not an image, of colours, or of another size.
+    """
+    with _opened(source, where) as image:
+        _check_size(image.size, size, where)
+        if image.mode not in ("P", "L") and not image.mode.startswith("I"):
+            raise DataError(
+                f"{where}: expected an image of ids, grey or with a palette, got Pillow mode {image.mode!r}; it was "
+                "saved again by a tool that turned ids into colours: take the released file"
+            )
+        return np.asarray(image).astype(np.int32)
 
 
 def depth_in_metres(raw: NDArray[Any], scale: float = MILLIMETRES) -> NDArray[np.float32]:

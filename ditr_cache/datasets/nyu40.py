@@ -1,4 +1,4 @@
-"""Tables of the NYU40 label set: ScanNet's benchmark classes and those of the synthetic rooms.
+"""Tables of the NYU40 label set: benchmark classes of ScanNet and Structured3D, and those of the synthetic rooms.
 
 Ids and colours are those of ScanNet's `BenchmarkScripts` (https://github.com/ScanNet/ScanNet).
 """
@@ -43,6 +43,25 @@ ROOMS13: dict[int, ClassInfo] = {i: SCANNET20[i] for i in (1, 2, 3, 5, 6, 7, 8, 
     30: ClassInfo("whiteboard", (96, 207, 209)),
 }
 """NYU40 id -> class of the synthetic rooms, in the order of their label indices 0..12."""
+
+_NOT_IN_SCANNET20: dict[int, ClassInfo] = {
+    15: ClassInfo("shelves", (66, 188, 102)),
+    17: ClassInfo("dresser", (140, 57, 197)),
+    18: ClassInfo("pillow", (202, 185, 52)),
+    19: ClassInfo("mirror", (51, 176, 203)),
+    22: ClassInfo("ceiling", (78, 71, 183)),
+    25: ClassInfo("television", (91, 163, 138)),
+    32: ClassInfo("nightstand", (146, 111, 194)),
+    35: ClassInfo("lamp", (96, 207, 209)),
+    38: ClassInfo("otherstructure", (94, 106, 211)),
+    40: ClassInfo("otherprop", (100, 85, 144)),
+}
+
+STRUCTURED3D25: dict[int, ClassInfo] = {
+    i: (SCANNET20 | _NOT_IN_SCANNET20)[i]
+    for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 14, 15, 16, 17, 18, 19, 22, 24, 25, 32, 34, 35, 38, 39, 40)
+}
+"""NYU40 id -> class of Structured3D (those of the 40 that Swin3D and Pointcept keep), by label indices 0..24."""
 
 
 def nyu40_to_index(label: NDArray[Any], classes: Mapping[int, ClassInfo]) -> NDArray[np.int16]:

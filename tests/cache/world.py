@@ -306,7 +306,8 @@ class Report:
     """What is wrong with a cached sample.
 
     Args:
-        errors: [M] in patches, of the visible points whose patch shows one surface only.
+        errors: [M] in patches, of the visible points whose patch shows one surface only, to every camera that may see
+            them.
         missing: points that some camera clearly sees, without a feature.
         ghosts: points that clearly no camera sees, with a feature.
         hidden: number of points that clearly no camera sees.
@@ -355,8 +356,8 @@ def judge(
     places = truth.world[order]
     surface = world.surface_of(places)
     looks = [_look(eye, world, places, surface, grid) for eye in truth.eyes.values()]
-    clear = np.array([look[0] for look in looks]).reshape(len(looks), len(places))
-    hidden = np.array([look[1] for look in looks]).reshape(len(looks), len(places)).all(axis=0)
+    clear, unseen = (np.array([look[i] for look in looks], dtype=bool).reshape(-1, len(places)) for i in (0, 1))
+    hidden = unseen.all(axis=0)
     valid = sample.valid if sample.valid is not None else np.zeros(len(places), dtype=bool)
     error = np.full((len(looks), len(places)), np.inf)
     if valid.any():
@@ -364,7 +365,8 @@ def judge(
         for i, eye in enumerate(truth.eyes.values()):
             error[i, valid] = _patches(eye, grid, places[valid], decoded, surface[valid], world)
     seen = clear.any(axis=0)
-    judged = seen & valid
+    # Another eye's patch may mix surfaces, and the feature may be that eye's.
+    judged = seen & valid & (clear | unseen).all(axis=0)
     wrong = 0
     if truth.label is not None:
         names = np.array([*class_names, ""])
@@ -385,7 +387,7 @@ def _look(
     """[N] bool: clearly seen, in a patch that shows the point's surface only; and [N] bool: clearly not seen."""
     in_camera = places @ eye.camera_from_world[:3, :3].T + eye.camera_from_world[:3, 3]
     u, v, seen = eye.to_pixel(in_camera)
-    inside = seen & (u >= 0) & (u < eye.width) & (v >= 0) & (v < eye.height)
+    inside = seen & (u >= 1) & (u < eye.width - 1) & (v >= 1) & (v < eye.height - 1)  # a depth map may end earlier
     margin = 0.02 * eye.width
     far_out = (u < -margin) | (u > eye.width + margin) | (v < -margin) | (v > eye.height + margin) | ~seen
     _, distance = world.cast(eye.origin, places - eye.origin)
