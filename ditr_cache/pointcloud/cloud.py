@@ -22,6 +22,16 @@ NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Channel -> the names under which files have its columns, the usual ones first; upper and lower case are one."""
 
+LABEL_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "segment": tuple(
+        (prefix + name,)
+        for name in ("label", "class", "segment", "semantic", "classification")  # the last: every LAS file has it
+        for prefix in ("", "scalar_")
+    ),
+    "instance": (("instance",), ("instance_id",), ("scalar_instance",), ("scalar_instance_id",)),
+}
+"""The same of labels, which are read only where they are asked for; `scalar_` is CloudCompare's."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:
@@ -32,12 +42,15 @@ class Chunk:
         color: [N, 3] RGB of the file's type and range, see `color_factor`.
         normal: [N, 3] float32.
         strength: [N] float32.
+        segment, instance: [N] labels of the file's type and meaning.
     """
 
     coord: NDArray[np.floating]
     color: NDArray[Any] | None = None
     normal: NDArray[np.float32] | None = None
     strength: NDArray[np.float32] | None = None
+    segment: NDArray[Any] | None = None
+    instance: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.coord)
@@ -49,7 +62,8 @@ class PointCloud(ABC):
     Args:
         path: of the file.
         count: number of points, at least one.
-        channels: which of coord, color, normal and strength the file has.
+        channels: which of coord, color, normal and strength the file has; where labels are asked for, of segment and
+            instance, too.
         coord_dtype: float32 where the file's coordinates are exact in it, else float64.
 
     Raises:
@@ -125,16 +139,17 @@ class Columns:
     Args:
         types: name -> numpy type of the columns.
         path: of the file, for messages.
+        labels: whether to read the columns of `LABEL_NAMES`.
 
     Raises:
         DataError: no x, y and z.
     """
 
-    def __init__(self, types: Mapping[str, np.dtype[Any]], path: Path) -> None:
+    def __init__(self, types: Mapping[str, np.dtype[Any]], path: Path, *, labels: bool = False) -> None:
         lower = {name.lower(): name for name in reversed(list(types))}
         self.of: dict[str, tuple[str, ...]] = {}
         """Channel -> its columns."""
-        for channel, choices in NAMES.items():
+        for channel, choices in (NAMES | (LABEL_NAMES if labels else {})).items():
             for names in choices:
                 if all(name in lower for name in names):
                     self.of[channel] = tuple(lower[name] for name in names)
@@ -159,13 +174,19 @@ class Columns:
             columns = [np.asarray(table[name]) for name in self.of[channel]]
             return np.stack(columns, axis=1, dtype=dtype, casting="unsafe")
 
-        coord, strength = stacked("coord", self.coord_dtype), stacked("strength", np.float32)
+        def single(channel: str, dtype: Any = None) -> NDArray[Any] | None:
+            column = stacked(channel, dtype)
+            return None if column is None else column[:, 0]
+
+        coord = stacked("coord", self.coord_dtype)
         assert coord is not None
         return Chunk(
             coord=coord,
             color=stacked("color"),
             normal=stacked("normal", np.float32),
-            strength=None if strength is None else strength[:, 0],
+            strength=single("strength", np.float32),
+            segment=single("segment"),
+            instance=single("instance"),
         )
 
 

@@ -14,7 +14,7 @@ _POINT = np.dtype([("values", "<f4", (4,))])
 
 
 class KittiCloud(PointCloud):
-    """A scan of KITTI or SemanticKITTI.
+    """A scan of KITTI or SemanticKITTI, whose labels are a file of their own.
 
     Raises:
         DataError: a size that is no whole number of points, or a scan of nuScenes, whose points have five values.
@@ -22,7 +22,7 @@ class KittiCloud(PointCloud):
 
     FORMAT = "KITTI .bin"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, labels: bool = False) -> None:
         if path.name.endswith(".pcd.bin"):
             raise DataError(
                 f"{path}: a scan of nuScenes has five values per point, expected KITTI's x, y, z, intensity; extract "

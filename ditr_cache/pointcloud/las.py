@@ -32,7 +32,7 @@ class LasCloud(PointCloud):
 
     FORMAT = "LAS"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, labels: bool = False) -> None:
         laspy = require("laspy", _PURPOSE)
         if path.suffix.lower() == ".laz":
             require("lazrs", "LAZ files")
@@ -43,7 +43,7 @@ class LasCloud(PointCloud):
             names = [name.lower() for name in header.point_format.dimension_names]
             compressed = header.are_points_compressed
         # Scaled, whatever the stored dimensions X, Y and Z are.
-        self._columns = Columns({name: np.dtype(np.float64) for name in names}, path)
+        self._columns = Columns({name: np.dtype(np.float64) for name in names}, path, labels=labels)
         super().__init__(path, count, tuple(self._columns.of), np.float64)
         got = (path.stat().st_size - start) // point_size
         if not compressed and got < count:

@@ -33,7 +33,7 @@ class PcdCloud(PointCloud):
 
     FORMAT = "PCD"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, labels: bool = False) -> None:
         with path.open("rb") as file:
             header = _read_header(file, path)
             self._start = file.tell()
@@ -44,7 +44,7 @@ class PcdCloud(PointCloud):
         self._packed = next((n for n in types if n.lower() in _PACKED and types[n].itemsize == 4), None)
         if self._packed is not None:
             types |= dict.fromkeys(_RGB, np.dtype(np.uint8))
-        self._columns = Columns(types, path)
+        self._columns = Columns(types, path, labels=labels)
         super().__init__(path, _number_of_points(header, path), tuple(self._columns.of), self._columns.coord_dtype)
         rest = path.stat().st_size - self._start
         if self._data == "binary" and rest < self.count * self._row.itemsize:

@@ -59,7 +59,7 @@ class PlyCloud(PointCloud):
 
     FORMAT = "PLY"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, labels: bool = False) -> None:
         with path.open("rb") as file:
             self._encoding, elements = _read_header(file, path)
             names = [e.name for e in elements]
@@ -73,7 +73,7 @@ class PlyCloud(PointCloud):
                 raise DataError(
                     f"{path}: vertices with a list ({', '.join(lists)}) cannot be read; remove this property"
                 )
-            self._columns = Columns({p.name: np.dtype(p.dtype) for p in self._vertex.properties}, path)
+            self._columns = Columns({p.name: np.dtype(p.dtype) for p in self._vertex.properties}, path, labels=labels)
             self._order = _ORDERS[self._encoding]
             for element in elements[: names.index("vertex")]:
                 _skip(file, element, self._encoding, path)

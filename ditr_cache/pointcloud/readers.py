@@ -21,8 +21,12 @@ READERS: dict[str, type[PlyCloud | LasCloud | PcdCloud | KittiCloud]] = {
 """Extension -> reader."""
 
 
-def open_cloud(path: Path) -> PointCloud:
+def open_cloud(path: Path, *, labels: bool = False) -> PointCloud:
     """The point file at `path`, by its extension. Reads the header only.
+
+    Args:
+        path: of the file.
+        labels: whether to read labels, too, where the file has some (see `LABEL_NAMES`).
 
     Raises:
         UsageError: an extension that no reader takes, or a library that is not installed.
@@ -39,7 +43,7 @@ def open_cloud(path: Path) -> PointCloud:
     if not path.is_file():
         raise DataError(f"{path}: is a folder; name the files in it")
     try:
-        return reader(path)
+        return reader(path, labels=labels)
     except CacheError:
         raise
     except OSError as error:
