@@ -39,7 +39,7 @@ class RunSummary:
         name: short, unique among the runs compared.
         recipe, info: as the folder holds them.
         train, val: lines of `metrics.jsonl`, in the order of their steps.
-        scores: label of the measurement -> results (`mIoU`, `mAcc`, `allAcc`, `IoU`; or `cosine`), fractions.
+        scores: label of the measurement -> results (`mIoU`, `groups`, `mAcc`, `allAcc`, `IoU`; or `cosine`), fractions.
     """
 
     path: Path
@@ -114,8 +114,10 @@ class RunSummary:
         return max((value for value in values if value is not None), default=None)
 
     def score(self, label: str, name: str) -> float | None:
-        """One number of a measurement; None where it was not made."""
-        return number(self.scores.get(label, {}).get(name))
+        """One number of a measurement, `mIoU GROUP` being that of a group of classes; None where it was not made."""
+        results = self.scores.get(label, {})
+        name, _, group = name.partition(" ")
+        return number(results.get("groups", {}).get(group) if group else results.get(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,14 @@ class Comparison:
         """Every measurement that some run has; those in training first."""
         found = {label for run in self.runs for label in run.scores}
         return [label for label in (LAST, BEST) if label in found] + sorted(found - {LAST, BEST})
+
+    @property
+    def metrics(self) -> list[str]:
+        """What the runs are judged by: `mIoU` and `mIoU GROUP` for every group of classes, `cosine`."""
+        results = [found for run in self.runs for found in run.scores.values()]
+        groups = dict.fromkeys(f"mIoU {group}" for found in results for group in found.get("groups", {}))
+        judged = [m for m in ("mIoU", "cosine") if any(run.metric == m for run in self.runs)]
+        return [name for metric in judged for name in (metric, *(groups if metric == "mIoU" else ()))]
 
     def class_lists(self) -> list[tuple[RunSummary, ...]]:
         """The segmentation runs, together where they have the same dataset and classes in the same order."""

@@ -25,7 +25,8 @@ def tables(comparison: Comparison) -> list[Table]:
 def as_csv(comparison: Comparison) -> str:
     """One row per run with every number: fractions, seconds and bytes; empty where there is none.
 
-    A score's column is `<measurement>: <metric>`, that of a class `<measurement>: IoU <class>`.
+    A score's column is `<measurement>: <metric>`, that of a class `<measurement>: IoU <class>`, that of a group of
+    classes `<measurement>: mIoU <group>`.
     """
     rows = []
     for run in comparison.runs:
@@ -42,6 +43,7 @@ def as_csv(comparison: Comparison) -> str:
             for name in ("mIoU", "mAcc", "allAcc", "cosine"):
                 if results.get(name) is not None:
                     row[f"{label}: {name}"] = results[name]
+            row.update({f"{label}: mIoU {name}": value for name, value in results.get("groups", {}).items()})
             row.update({f"{label}: IoU {name}": value for name, value in results.get("IoU", {}).items()})
         rows.append(row)
     text = io.StringIO()
@@ -52,8 +54,7 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def _results(comparison: Comparison) -> Table:
-    metrics = [m for m in ("mIoU", "cosine") if any(run.metric == m for run in comparison.runs)]
-    scores = [(m, label) for m in metrics for label in comparison.labels if _any(comparison, label, m)]
+    scores = [(m, label) for m in comparison.metrics for label in comparison.labels if _any(comparison, label, m)]
     rest = [(m, LAST) for m in ("mAcc", "allAcc") if _any(comparison, LAST, m)]
     columns = [f"{m} ({label})" for m, label in (*scores, *rest)]
     rows = [
@@ -76,15 +77,14 @@ def _results(comparison: Comparison) -> Table:
 def _seeds(comparison: Comparison) -> Table | None:
     if all(len(group.runs) == 1 for group in comparison.groups):
         return None
-    metrics = [m for m in ("mIoU", "cosine") if any(run.metric == m for run in comparison.runs)]
-    scores = [(m, label) for m in metrics for label in comparison.labels if _any(comparison, label, m)]
+    scores = [(m, label) for m in comparison.metrics for label in comparison.labels if _any(comparison, label, m)]
     rows = []
     for group in comparison.groups:
         n, left_out = len(group.finished), len(group.runs) - len(group.finished)
         cells = [group.name, ", ".join(str(run.recipe.seed) for run in group.finished) or "-"]
         cells.append(f"{n} (+{left_out} unfinished)" if left_out else str(n))
         for m, label in scores:
-            found = group.mean_std(label, m) if group.runs[0].metric == m else None
+            found = group.mean_std(label, m) if m.startswith(group.runs[0].metric) else None
             if found is None:
                 cells.append("-")
                 continue

@@ -58,6 +58,8 @@ class Evaluator:
     def __call__(self, model: nn.Module, on_sample: OnSample | None = None) -> dict[str, Any]:
         """`protocol`, mIoU, mAcc, allAcc and IoU per class (None for a class that occurs nowhere), over the split.
 
+        Where the cache's classes have groups, `groups` holds the mIoU of each.
+
         Args:
             model: gives class scores.
             on_sample: called with every sample's prediction.
@@ -76,7 +78,7 @@ class Evaluator:
             confusion.all_reduce()
         return {
             "protocol": "fast",
-            **confusion.results(self.dataset.class_names),
+            **confusion.results(self.dataset.class_names, self.dataset.class_groups),
             "seconds": time.perf_counter() - started,
         }
 
@@ -129,10 +131,10 @@ def evaluate(
 
     Returns:
         `run`, `split`, `checkpoint`, `step`, `cache`, `other_cache` (where it is not the one of the training: 8 hex of
-        a digest over the split's content), `samples`, `labelled`, `protocol`, `mIoU`, `mAcc`, `allAcc`,
-        per-class values (all None without labels), `seconds`; of the full protocol also `tta`, `pre_grid_size`,
-        `fragments` (seen by the network) and `passes` (forward passes); `submission`, the file to upload, where one was
-        written.
+        a digest over the split's content), `samples`, `labelled`, `protocol`, `mIoU`, `groups` (the
+        mIoU of each, where the classes have some), `mAcc`, `allAcc`, per-class values (all None without labels),
+        `seconds`; of the full protocol also `tta`, `pre_grid_size`, `fragments` (seen by the network) and `passes`
+        (forward passes); `submission`, the file to upload, where one was written.
 
     Raises:
         UsageError: settings that do not fit each other, or a run that gives no classes.

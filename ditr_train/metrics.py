@@ -85,34 +85,43 @@ class ConfusionMatrix:
             torch.distributed.all_reduce(counts)
             self.counts = counts.cpu()
 
-    def results(self, class_names: Sequence[str]) -> dict[str, Any]:
+    def results(self, class_names: Sequence[str], class_groups: Sequence[str] = ()) -> dict[str, Any]:
         """`{"mIoU", "mAcc", "allAcc", "IoU": {name: IoU}, "Acc": {name: accuracy}}`, fractions in [0, 1].
 
-        None stands for what no labelled point defines: an absent class, or everything for an empty split.
+        None stands for what no labelled point defines: an absent class, or everything for an empty split. Where classes
+        have groups, `"groups": {group: mIoU}` is the mean over the classes of each that are not absent.
 
         Args:
             class_names: K names.
+            class_groups: K names of groups, "" for a class that is in none; empty: there are no groups.
 
         Raises:
-            DataError: another number of names than classes, or a name twice.
+            DataError: another number of names or groups than classes, or a name twice.
         """
         if len(class_names) != self.num_classes or len(set(class_names)) != self.num_classes:
             raise DataError(f"{self.num_classes} different class names needed, got {list(class_names)}")
+        if len(class_groups) not in (0, self.num_classes):
+            raise DataError(f"{self.num_classes} groups of classes needed, got {len(class_groups)}")
         counts = self.counts.double().cpu()
         hits, truths, predictions = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
         present = truths > 0
         iou = hits / (truths + predictions - hits)
         accuracy = hits / truths
 
-        def mean(values: Tensor) -> float | None:
-            return float(values[present].mean()) if bool(present.any()) else None
+        def mean(values: Tensor, of: Tensor = present) -> float | None:
+            return float(values[of].mean()) if bool(of.any()) else None
 
         def by_class(values: Tensor) -> dict[str, float | None]:
             pairs = zip(class_names, values.tolist(), present.tolist(), strict=True)
             return {name: value if there else None for name, value, there in pairs}
 
+        groups = {
+            group: mean(iou, present & torch.tensor([of == group for of in class_groups]))
+            for group in dict.fromkeys(filter(None, class_groups))
+        }
         return {
             "mIoU": mean(iou),
+            **({"groups": groups} if groups else {}),
             "mAcc": mean(accuracy),
             "allAcc": float(hits.sum() / truths.sum()) if bool(present.any()) else None,
             "IoU": by_class(iou),

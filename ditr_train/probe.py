@@ -137,7 +137,7 @@ def probe(cache: str | CacheReader, vfm: str | None = None, config: ProbeConfig 
         for split in (config.train_split, config.val_split)
     )
     pool = _draw(reader, train, spec, used, config)
-    names = reader.metadata.class_names
+    names, groups = reader.metadata.class_names, reader.metadata.class_groups
     counts = torch.bincount(pool.y, minlength=len(names))
     if int((counts > 0).sum()) < 2:
         raise DataError(
@@ -175,7 +175,7 @@ def probe(cache: str | CacheReader, vfm: str | None = None, config: ProbeConfig 
             n for n, drawn, true in zip(names, counts.tolist(), truths.tolist(), strict=True) if true and not drawn
         ],
         "probes": [
-            {**about, "seen": on_seen.results(names), "all": on_all.results(names)}
+            {**about, "seen": on_seen.results(names, groups), "all": on_all.results(names, groups)}
             for about, (on_seen, on_all) in zip(probes, scores, strict=True)
         ],
         "seconds": time.perf_counter() - begun,

@@ -255,7 +255,7 @@ class FullEvaluator:
             "pre_grid_size": self.protocol.pre_grid_size,
             "fragments": predictor.fragments,
             "passes": predictor.passes,
-            **confusion.results(self.dataset.class_names),
+            **confusion.results(self.dataset.class_names, self.dataset.class_groups),
             "seconds": time.perf_counter() - started,
         }
 

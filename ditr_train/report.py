@@ -33,10 +33,15 @@ def protocol_name(results: Mapping[str, Any]) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """One line: mIoU, mAcc and allAcc in percent and the protocol behind them, or the cosine of a distillation."""
+    """One line: mIoU (and that of every group of classes), mAcc and allAcc in percent and the protocol behind them.
+
+    Of a distillation, the cosine.
+    """
     if "cosine" in results:
         return headline(results)
-    scores = "  ".join(f"{name} {percent(results[name])}" for name in ("mIoU", "mAcc", "allAcc"))
+    groups = ", ".join(f"{group} {percent(value)}" for group, value in results.get("groups", {}).items())
+    rest = "  ".join(f"{name} {percent(results[name])}" for name in ("mAcc", "allAcc"))
+    scores = f"mIoU {percent(results['mIoU'])}{groups and f' ({groups})'}  {rest}"
     return f"{scores}  ({protocol_name(results)})" if protocol_name(results) else scores
 
 
@@ -66,11 +71,12 @@ def prediction(done: Mapping[str, Any]) -> str:
 
 
 def class_table(results: Mapping[str, Any]) -> Table:
-    """IoU of every class and, below, of all, in percent, from what `evaluate` returns."""
+    """IoU of every class and, below, of all and of every group, in percent, from what `evaluate` returns."""
     title = ", ".join(filter(None, (f"{results['split']} of {results['run']}", protocol_name(results))))
     table = Table("class", title=title, show_footer=True)
-    table.columns[0].footer = "mIoU"
-    table.add_column("IoU %", justify="right", footer=percent(results["mIoU"]))
+    means = {"mIoU": results["mIoU"], **{f"  {group}": value for group, value in results.get("groups", {}).items()}}
+    table.columns[0].footer = "\n".join(means)
+    table.add_column("IoU %", justify="right", footer="\n".join(map(percent, means.values())))
     for name, iou in results["IoU"].items():
         table.add_row(name, percent(iou))
     return table

@@ -15,37 +15,37 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.base import ClassInfo, Dataset, Need
-from ditr_cache.datasets.frames import (
-    check_principal_point,
-    first_image_size,
-    invert_pose,
-    numbered_files,
-    read_matrix,
-    read_pose,
-)
+from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Release
+from ditr_cache.datasets.frames import first_image_size, invert_pose, numbered_files, read_pose
 from ditr_cache.datasets.images import read_color, read_depth
 from ditr_cache.datasets.nyu40 import ROOMS13, SCANNET20, nyu40_to_index
 from ditr_cache.datasets.ply import read_ply
+from ditr_cache.datasets.scannet_cameras import exported_camera, read_info, released_camera
 from ditr_cache.datasets.sens import open_sens
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
-from ditr_cache.sample import Camera, Points, Sample, View
+from ditr_cache.sample import Points, Sample, View
+from ditr_cache.schema import LinkSettings
 
 _LOG = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 _SCAN_FOLDERS = ("scans", "scans_test")
 _LIST_FOLDERS = (".", "splits", "meta_data", "Tasks/Benchmark")
-_SENS_STRIDE = 10  # .sens files hold every frame of a 30 Hz video
+_VIDEO_FRAMES = 100  # a scan has hundreds: fewer frames in a row are somebody's choice
+
+Labels = tuple[NDArray[np.int16], NDArray[np.int32] | None]
+"""Class indices and, where they are annotated, instances of the N vertices of a mesh."""
+
+ReadLabels = Callable[[int], Labels]
+"""Reads the labels of a mesh of so many vertices."""
 
 
 class ScanNetDataset(Dataset):
@@ -64,18 +64,38 @@ class ScanNetDataset(Dataset):
     needs: ClassVar[tuple[Need, ...]] = (
         Need("scans/<id>/<id>_vh_clean_2.ply", "points, colour, mesh", "download-scannet.py --type _vh_clean_2.ply"),
         Need("scans/<id>/<id>_vh_clean_2.labels.ply", "labels", "download-scannet.py --type _vh_clean_2.labels.ply"),
-        Need("scans/<id>/<id>.txt", "image sizes", "download-scannet.py --type .txt"),
+        Need(
+            "scans/<id>/<id>.txt",
+            "image sizes; without it intrinsics of resized exported frames are refused",
+            "download-scannet.py --type .txt",
+            optional=True,
+        ),
         Need(
             "scans/<id>/<id>.sens",
-            "frames; or color/ depth/ pose/ intrinsic/ exported from it",
+            "frames; or color/ depth/ pose/ intrinsic/ exported from it; without them points have no features",
             "download-scannet.py --type .sens",
+            optional=True,
         ),
         Need("scans_test/<id>/", "the same without labels", "download-scannet.py, test scans", optional=True),
     )
+    release: ClassVar[Release | None] = Release(
+        samples=1613,
+        images=270_000,
+        points=150_000,
+        coverage=0.95,
+        views_per_point=12.0,
+        source=(
+            "1201 + 312 + 100 scans, and 2.5 million frames of all but the 100, are official; 0.2 million frames of "
+            "the 100, 150,000 vertices a mesh, coverage and views per point are estimates"
+        ),
+    )
+    defaults: ClassVar[Defaults] = Defaults(links=LinkSettings(depth_min=1.0, depth_max=4.0))
     class_table: ClassVar[Mapping[int, ClassInfo]] = SCANNET20
-    """NYU40 id -> class, in the order of the label indices."""
+    """Id in the annotation (here NYU40's) -> class, in the order of the label indices."""
     shipped_lists: ClassVar[bool] = True
     """Whether the official lists serve where there are none next to the data."""
+    video_stride: ClassVar[int] = 10
+    """Recommended stride where every frame of the video, of 30 Hz, is there."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -118,22 +138,32 @@ class ScanNetDataset(Dataset):
 
         Raises:
             UnknownNameError: no such scan in any split.
-            MissingDataError: the scan has no frames.
+            MissingDataError: the scan has no mesh or no labels, or only some of the folders of exported frames.
             DataError: its `.sens` file or its intrinsics cannot be used.
         """
         if sample_id not in self._split_of:
             raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._split_of)
         scan, split = self._scans[sample_id], self._split_of[sample_id]
-        read_frames = _exported_frames if (scan / "color").is_dir() else _sens_frames
-        views, broken, stride = read_frames(scan)
+        mesh, labels = released_file(scan, "_vh_clean_2.ply"), self._labels(scan, annotated=split != "test")
+        views, broken, video = _read_frames(scan)
         return Sample(
             id=sample_id,
             split=split,
             views=views,
-            load_points=partial(_read_points, scan, self.class_table, labels_needed=split != "test"),
+            load_points=partial(read_mesh_points, mesh, labels),
             broken_views=broken,
-            every_nth_frame=stride,
+            every_nth_frame=self.video_stride if video else 1,
         )
+
+    def _labels(self, scan: Path, *, annotated: bool) -> ReadLabels | None:
+        """How to read the labels of a scan; None where it has none and need not be annotated.
+
+        Raises:
+            MissingDataError: a file of the annotation is missing.
+        """
+        if not annotated and not (scan / f"{scan.name}_vh_clean_2.labels.ply").is_file():
+            return None
+        return partial(_labels_of_mesh, released_file(scan, "_vh_clean_2.labels.ply"), self.class_table)
 
     def _split_ids(self) -> dict[str, list[str]]:
         """Split -> sorted ids of the scans on disk."""
@@ -180,8 +210,11 @@ class RoomsDataset(ScanNetDataset):
     name: ClassVar[str] = "rooms"
     title: ClassVar[str] = "generated rooms (`ditr-cache synthesize`)"
     needs: ClassVar[tuple[Need, ...]] = (Need("scans/<id>/", "everything", "ditr-cache synthesize ROOT"),)
+    release: ClassVar[Release | None] = None
+    defaults: ClassVar[Defaults] = Defaults()
     class_table: ClassVar[Mapping[int, ClassInfo]] = ROOMS13
     shipped_lists: ClassVar[bool] = False
+    video_stride: ClassVar[int] = 1
 
 
 def vertex_normals(coord: NDArray[np.floating], faces: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -210,11 +243,25 @@ def _read_list(text: str) -> set[str]:
     return {line.strip() for line in text.splitlines() if line.strip()}
 
 
-def _read_points(scan: Path, class_table: Mapping[int, ClassInfo], *, labels_needed: bool) -> Points:
-    """Vertices of the scan's mesh, with colour, normals and labels."""
-    path = scan / f"{scan.name}_vh_clean_2.ply"
+def released_file(scan: Path, suffix: str) -> Path:
+    """The file of a scan that ScanNet's script names `--type suffix`. Raises `MissingDataError`."""
+    path = scan / f"{scan.name}{suffix}"
     if not path.is_file():
-        raise MissingDataError(f"{path}: no such file; download it with ScanNet's script (--type _vh_clean_2.ply)")
+        raise MissingDataError(f"{path}: no such file; download it with ScanNet's script (--type {suffix})")
+    return path
+
+
+def read_mesh_points(path: Path, labels: ReadLabels | None) -> Points:
+    """Vertices of a mesh, with colour, normals of its faces, and labels.
+
+    Args:
+        path: of a PLY file.
+        labels: called with the number of vertices; None: the mesh has no labels.
+
+    Raises:
+        MissingDataError: the mesh or a file of its labels is missing.
+        DataError: they cannot be used, or do not belong together.
+    """
     mesh = read_ply(path)
     columns = mesh.vertices
     if not {"x", "y", "z"} <= columns.keys():
@@ -227,31 +274,42 @@ def _read_points(scan: Path, class_table: Mapping[int, ClassInfo], *, labels_nee
         if color.dtype != np.uint8:
             raise DataError(f"{path}: expected colours of type uchar, got {color.dtype}")
     normal = None if mesh.faces is None or not len(mesh.faces) else vertex_normals(coord, mesh.faces)
-
-    segment = None
-    labels_path = scan / f"{scan.name}_vh_clean_2.labels.ply"
-    if labels_path.is_file():
-        label = read_ply(labels_path).vertices.get("label")
-        if label is None:
-            raise DataError(f"{labels_path}: no vertex property 'label'")
-        if len(label) != len(coord):
-            raise DataError(
-                f"{labels_path}: {len(label)} labels for the {len(coord)} vertices of {path.name}, expected one each; "
-                "the two files are of different meshes, download both again"
-            )
-        segment = nyu40_to_index(label, class_table)
-    elif labels_needed:
-        raise MissingDataError(
-            f"{labels_path}: no such file; download it with ScanNet's script (--type _vh_clean_2.labels.ply)"
-        )
+    segment, instance = (None, None) if labels is None else labels(len(coord))
     try:
-        return Points(coord=coord, color=color, normal=normal, segment=segment)
+        return Points(coord=coord, color=color, normal=normal, segment=segment, instance=instance)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
 
-Frames = tuple[tuple[View, ...], tuple[tuple[str, str], ...], int]
-"""Views, broken views (id, error), recommended stride."""
+def _labels_of_mesh(path: Path, class_table: Mapping[int, ClassInfo], vertices: int) -> Labels:
+    """Classes of the vertices of a mesh by the property `label` of its copy with labels."""
+    label = read_ply(path).vertices.get("label")
+    if label is None:
+        raise DataError(f"{path}: no vertex property 'label'")
+    if len(label) != vertices:
+        raise DataError(
+            f"{path}: {len(label)} labels for the {vertices} vertices of {path.name.replace('.labels', '')}, expected "
+            "one each; the two files are of different meshes, download both again"
+        )
+    return nyu40_to_index(label, class_table), None
+
+
+Frames = tuple[tuple[View, ...], tuple[tuple[str, str], ...], bool]
+"""Views, broken views (id, error), and whether they are every frame of a video."""
+
+
+def _read_frames(scan: Path) -> Frames:
+    """Exported frames where there are some, else those of the `.sens` file."""
+    if (scan / "color").is_dir():
+        return _exported_frames(scan)
+    path = scan / f"{scan.name}.sens"
+    if not path.is_file() and not any((scan / name).is_dir() for name in ("depth", "pose")):
+        error = (
+            f"{path}: no such file, and no frames exported from it: its points have no features; download it with "
+            "ScanNet's script (--type .sens), then run again with --retry-incomplete"
+        )
+        return (), (("", error),), False
+    return _sens_frames(scan)
 
 
 def _sens_frames(scan: Path) -> Frames:
@@ -262,8 +320,8 @@ def _sens_frames(scan: Path) -> Frames:
             "it; download it with ScanNet's script (--type .sens)"
         )
     sens = open_sens(path)
-    camera = _camera(sens.intrinsic_color, sens.color_size, None, f"{path} colour")
-    depth_camera = _camera(sens.intrinsic_depth, sens.depth_size, None, f"{path} depth")
+    camera = released_camera(sens.intrinsic_color, sens.color_size, None, f"{path} colour")
+    depth_camera = released_camera(sens.intrinsic_depth, sens.depth_size, None, f"{path} depth")
     if not np.allclose(sens.extrinsic_color, sens.extrinsic_depth, atol=1e-3):
         _LOG.warning("%s: colour and depth have different extrinsics; they are taken as registered", path)
     views, broken = [], []
@@ -283,14 +341,14 @@ def _sens_frames(scan: Path) -> Frames:
                 load_depth=partial(sens.read_depth, frame),
             )
         )
-    return tuple(views), tuple(broken), _SENS_STRIDE
+    return tuple(views), tuple(broken), True
 
 
 def _exported_frames(scan: Path) -> Frames:
     colors = numbered_files(scan / "color", (".jpg", ".jpeg", ".png"))
     depths = numbered_files(scan / "depth", (".png",)) if (scan / "depth").is_dir() else {}
     if not colors:
-        return (), (), 1
+        return (), (), False
     broken: list[tuple[str, str]] = []
     frames: list[tuple[str, NDArray[np.float64], Path, Path]] = []
     for number, color in colors.items():
@@ -302,11 +360,11 @@ def _exported_frames(scan: Path) -> Frames:
         except DataError as error:
             broken.append((color.stem, str(error)))
     if not frames:
-        return (), tuple(broken), 1
+        return (), tuple(broken), False
 
-    info = _read_info(scan / f"{scan.name}.txt")
-    camera = _exported_camera(scan, info, "color", first_image_size([f[2] for f in frames]))
-    depth_camera = _exported_camera(scan, info, "depth", first_image_size([f[3] for f in frames]))
+    info = read_info(scan / f"{scan.name}.txt")
+    camera = exported_camera(scan, info, "color", first_image_size([f[2] for f in frames]))
+    depth_camera = exported_camera(scan, info, "depth", first_image_size([f[3] for f in frames]))
     views = tuple(
         View(
             id=stem,
@@ -318,55 +376,5 @@ def _exported_frames(scan: Path) -> Frames:
         )
         for stem, pose, color, depth in frames
     )
-    return views, tuple(broken), 1
-
-
-def _exported_camera(scan: Path, info: Mapping[str, float], kind: str, size: tuple[int, int]) -> Camera:
-    """Camera of exported `color` or `depth` images of (width, height) `size`."""
-    calibrated = None
-    if f"{kind}Width" in info and f"{kind}Height" in info:
-        calibrated = (int(info[f"{kind}Width"]), int(info[f"{kind}Height"]))
-    path = scan / "intrinsic" / f"intrinsic_{kind}.txt"
-    if path.is_file():
-        return _camera(read_matrix(path), size, calibrated, str(path))
-    names = [f"{letter}_{kind}" for letter in ("fx", "fy", "mx", "my")]
-    if not all(name in info for name in names):
-        raise MissingDataError(
-            f"{path}: no such file, and {scan.name}.txt has no {', '.join(names)}; export it from the .sens file with "
-            "ScanNet's SensReader (--export_intrinsics)"
-        )
-    fx, fy, mx, my = (info[name] for name in names)
-    return _camera(np.array([[fx, 0, mx], [0, fy, my], [0, 0, 1]]), size, calibrated, f"{scan / scan.name}.txt")
-
-
-def _camera(matrix: NDArray[Any], size: tuple[int, int], calibrated: tuple[int, int] | None, where: str) -> Camera:
-    """Camera of images of (width, height) `size` whose intrinsics were calibrated for images of `calibrated`.
-
-    Exporters resize images and leave `intrinsic_*.txt` as calibrated; some scale it too. The principal point tells
-    which: it lies near the middle of the image that the matrix belongs to.
-    """
-    try:
-        camera = Camera.from_matrix(matrix, width=size[0], height=size[1])
-        if calibrated is not None and min(calibrated) > 0 and calibrated != size:
-            full = Camera.from_matrix(matrix, width=calibrated[0], height=calibrated[1])
-            if abs(full.cx / full.width - 0.5) < abs(camera.cx / camera.width - 0.5):
-                camera = full.resized(width=size[0], height=size[1])
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    return check_principal_point(camera, where)
-
-
-def _read_info(path: Path) -> dict[str, float]:
-    """Numbers of `<id>.txt` by name ("fx_color = 1170.19"); empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    info = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        name, _, value = line.partition("=")
-        try:
-            number = float(value)
-        except ValueError:  # sceneType, axisAlignment and other entries that are not one number
-            continue
-        if math.isfinite(number):
-            info[name.strip()] = number
-    return info
+    numbers = list(colors)
+    return views, tuple(broken), len(numbers) == numbers[-1] - numbers[0] + 1 >= _VIDEO_FRAMES

@@ -127,7 +127,7 @@ class CachedDataset:
         self.ids: list[str] = some_of(cache.split_ids(split), fraction, fraction_seed)
         """Ids of the samples, sorted."""
         self.vfm: VFMSpec | None = None if vfm is None else cache.resolve_vfm(vfm)
-        self.class_names = cache.metadata.class_names
+        self.class_names, self.class_groups = cache.metadata.class_names, cache.metadata.class_groups
         self._check_classes(class_names)
         self._check_arrays()
         self._check_features()

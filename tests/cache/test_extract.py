@@ -85,7 +85,7 @@ def test_another_vfm_reuses_geometry(extract: Extract, tmp_path: Path, monkeypat
     for target in (
         "ditr_cache.datasets.scannet.read_depth",
         "ditr_cache.datasets.scannet.read_ply",
-        "ditr_cache.datasets.scannet._read_points",
+        "ditr_cache.datasets.scannet.read_mesh_points",
         "ditr_cache.link.project",
         "ditr_cache.link.to_camera",
         "ditr_cache.partition.link_view",

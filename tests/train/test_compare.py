@@ -13,7 +13,7 @@ from ditr_cache.errors import DataError, MissingDataError, StorageError, UsageEr
 from ditr_train.cli import main
 from ditr_train.compare import BEST, LAST, compare, evaluation_label
 from ditr_train.compare_plot import check_output, curves, write_comparison
-from ditr_train.compare_tables import tables
+from ditr_train.compare_tables import as_csv, tables
 from ditr_train.recipe import parse_recipe
 from ditr_train.run_folder import CacheInfo, RunFolder, RunInfo
 from ditr_train.text_table import as_markdown
@@ -30,6 +30,7 @@ def make_run(
     *,
     classes: tuple[str, ...] = ("wall", "sink"),
     metric: str = "mIoU",
+    groups: Sequence[dict[str, float | None]] = (),
     train: dict[str, Any] | None = None,
     identity: str = "i",
     **changes: Any,
@@ -51,6 +52,8 @@ def make_run(
         scores = {"cosine": value} if metric == "cosine" else {
             "mIoU": value, "mAcc": 0.6, "allAcc": 0.7, "IoU": {c: value / (i + 1) for i, c in enumerate(classes)}
         }  # fmt: skip
+        if groups:
+            scores["groups"] = groups[epoch - 1]
         lines.append({"kind": "val", "step": step, "epoch": epoch, "protocol": "fast", **scores})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -96,6 +99,20 @@ def test_protocols_are_never_in_one_column(tmp_path: Path) -> None:
     assert (rows["a"]["recipe"], rows["b"]["recipe"], rows["b"]["VFM"]) == ("inject", "plain", "-")
     per_class = [t.title for t in tables(comparison) if t.title.startswith("IoU per class")]
     assert per_class == [f"IoU per class in percent, {label}" for label in comparison.labels[1:]]
+
+
+def test_groups_of_classes_are_columns_beside_all(tmp_path: Path) -> None:
+    for seed, head in enumerate((0.4, 0.6)):
+        make_run(tmp_path / f"x-{seed}", [0.3], seed=seed, groups=[{"head": head, "tail": None}])
+    make_run(tmp_path / "none", [0.2], seed=2, identity="j")
+    comparison = compare([tmp_path])
+    rows = table(comparison, "Results")
+    assert rows["x-0"]["mIoU head (fast, last)"] == "40.00" and rows["none"]["mIoU head (fast, last)"] == "-"
+    assert "mIoU tail (fast, last)" not in rows["x-0"]  # in no run does any of its classes occur
+    assert table(comparison, "Mean")["x"]["mIoU head (fast, last)"] == "50.00 ± 14.14"
+    csv_rows = {row["run"]: row for row in csv.DictReader(as_csv(comparison).splitlines())}
+    assert csv_rows[str(tmp_path / "x-1")]["fast, last: mIoU head"] == "0.6"
+    assert csv_rows[str(tmp_path / "none")]["fast, last: mIoU head"] == ""
 
 
 def test_best_run_of_each_class_is_marked(tmp_path: Path) -> None:

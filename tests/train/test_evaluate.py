@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from ditr_cache.schema import VFMSpec
 from ditr_cache.store import open_cache
 from ditr_train.checkpoint import load_checkpoint, save_checkpoint
 from ditr_train.evaluate import evaluate, predict_sample
+from ditr_train.probe import ProbeConfig, probe
+from ditr_train.probe_tables import probe_tables
 from ditr_train.recipe import Recipe, parse_recipe
+from ditr_train.report import percent
 from ditr_train.trained import load_run
 from ditr_train.trainer import train
 
@@ -58,6 +62,25 @@ def test_score_is_that_of_the_predictions_of_all_points(run: Path, tiny_cache: P
     assert results["allAcc"] == pytest.approx(right / labelled)
     assert results["samples"] == 2 and results["split"] == "val"
     json.dumps(results, allow_nan=False)
+
+
+def test_groups_of_classes_are_scored_where_the_cache_has_them(run: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    plain = evaluate(run, device="cpu")
+    assert "groups" not in plain
+    cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+    metadata = open_cache(cache).metadata
+    (cache / "cache.json").write_text(replace(metadata, class_groups=("head", "head", "tail")).to_json())
+    copy = shutil.copytree(run, tmp_path / "run")
+    for protocol in ("fast", "full"):
+        results = evaluate(copy, device="cpu", cache=str(cache), protocol=protocol)
+        iou = results["IoU"]
+        assert results["groups"] == pytest.approx({"head": (iou["floor"] + iou["wall"]) / 2, "tail": iou["picture"]})
+        assert json.loads((copy / "eval" / f"val-best-{protocol}.json").read_text())["groups"] == results["groups"]
+    found = probe(str(cache), config=ProbeConfig(inputs=("feature",), iterations=5))
+    column = probe_tables(found)[0].columns.index("mIoU tail (all points)")
+    assert [row[column] for row in probe_tables(found)[0].rows] == [
+        percent(scores["all"]["IoU"]["picture"]) for scores in found["probes"]
+    ]
 
 
 def test_last_checkpoint_scores_as_the_training_said(run: Path) -> None:

@@ -51,6 +51,46 @@ def test_equals_a_loop_over_points_in_any_portions(points: list[tuple[int, int]]
         assert results[name] == pytest.approx(expected) if expected is not None else results[name] is None
 
 
+def groups_by_loop(points: list[tuple[int, int]], groups: list[str]) -> dict[str, float | None]:
+    """Mean IoU of every group over its classes that occur; None for a group of which none does."""
+    found: dict[str, float | None] = {}
+    for group in groups:
+        ious = []
+        for c in range(K):
+            truth = {i for i, (_, t) in enumerate(points) if t == c}
+            predicted = {i for i, (p, t) in enumerate(points) if p == c and t != -1}
+            if groups[c] == group and truth:
+                ious.append(len(truth & predicted) / len(truth | predicted))
+        if group:
+            found[group] = sum(ious) / len(ious) if ious else None
+    return found
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    points=st.lists(point, max_size=30),
+    groups=st.lists(st.sampled_from(["head", "common", "tail", ""]), min_size=K, max_size=K),
+)
+def test_groups_equal_a_loop_over_points(points: list[tuple[int, int]], groups: list[str]) -> None:
+    matrix = ConfusionMatrix(K)
+    matrix.update(*np.array(points, dtype=np.int64).reshape(-1, 2).T)
+    found = matrix.results(NAMES, groups).get("groups", {})
+    expected = groups_by_loop(points, groups)
+    assert list(found) == list(expected)
+    for group, value in expected.items():
+        assert found[group] == (None if value is None else pytest.approx(value))
+
+
+def test_absent_classes_are_no_zeros_in_their_group() -> None:
+    matrix = ConfusionMatrix(K)
+    matrix.update(np.array([0, 2, 1, 2]), np.array([0, 0, 1, 1]))  # chair is predicted and occurs nowhere
+    results = matrix.results(NAMES, ["head", "tail", "head", "common"])
+    assert results["groups"] == {"head": 0.5, "tail": 0.5, "common": None} and results["mIoU"] == 0.5
+    assert "groups" not in matrix.results(NAMES)
+    with pytest.raises(DataError, match="4 groups of classes needed, got 2"):
+        matrix.results(NAMES, ["head", "tail"])
+
+
 def test_absent_classes_are_excluded_and_their_predictions_still_cost() -> None:
     matrix = ConfusionMatrix(K)
     # chair occurs nowhere but is predicted once where floor is; picture occurs and is predicted nowhere.

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from ditr_cache.errors import StorageError
-from ditr_train.report import class_table
+from ditr_train.report import class_table, summary
 from ditr_train.tracking import MetricsLog, Tracker, TrainProgress, flat, read_metrics
 
 RESULTS = {
@@ -79,6 +79,16 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 def test_progress_can_be_silent() -> None:
     output = io.StringIO()
     assert lines(TrainProgress(4, console=Console(file=output), enabled=False), output) == ""
+
+
+def test_groups_of_classes_stand_beside_all() -> None:
+    grouped = {**RESULTS, "groups": {"head": 0.5, "tail": None}}
+    assert summary(grouped) == "mIoU 50.00 (head 50.00, tail -)  mAcc -  allAcc 75.00"
+    console = Console(file=io.StringIO(), width=200, record=True)
+    console.print(class_table(grouped))
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in console.export_text().splitlines()]
+    assert ["head", "50.00"] in cells and ["tail", "-"] in cells and ["mIoU", "50.00"] in cells
+    assert flat({"groups": grouped["groups"]}, "val/") == {"val/groups/head": 0.5}
 
 
 def test_class_table() -> None:
