@@ -1,0 +1,302 @@
+"""S3DIS with the images of 2D-3D-S: points and labels of the one download, images, depth and poses of the other.
+
+```
+ROOT/Stanford3dDataset_v1.2_Aligned_Version/Area_<n>/Area_<n>_alignmentAngle.txt     or ROOT/Stanford3dDataset_v1.2/
+ROOT/Stanford3dDataset_v1.2_Aligned_Version/Area_<n>/<room>/Annotations/<class>_<i>.txt
+ROOT/2D-3D-S/area_{1,2,3,4,5a,5b,6}/data/{rgb,depth,pose}/                           or ROOT/area_<n>/
+```
+
+Rooms of the aligned release were turned one by one, see `s3dis_turn`; poses are in the frame of the area. Points and
+poses are brought together in the frame of the option `frame`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
+from ditr_cache.datasets.s3dis_images import FOLDERS, IMAGES_DOWNLOAD, AreaImages, find_images
+from ditr_cache.datasets.s3dis_points import (
+    CLASSES,
+    POINTS_DOWNLOAD,
+    Outline,
+    annotation_files,
+    read_outline,
+    read_points,
+)
+from ditr_cache.datasets.s3dis_turn import quarter_turn, read_angles, settle_angle
+from ditr_cache.errors import MissingDataError, UnknownNameError, UsageError
+from ditr_cache.sample import Sample, View
+from ditr_cache.schema import LinkSettings
+
+RELEASES = {"aligned": "Stanford3dDataset_v1.2_Aligned_Version", "v1.2": "Stanford3dDataset_v1.2"}
+"""Release -> the folder that its archive unpacks to. Where both are there, the first is read."""
+
+IMAGES_FOLDER = "2D-3D-S"
+
+
+@dataclass(frozen=True)
+class _Room:
+    area: int
+    folder: Path
+
+
+class S3DISDataset(Dataset):
+    """S3DIS, the 13 classes; a sample is a room, `Area_5_office_19`.
+
+    Args:
+        root: folder that holds a release of S3DIS and `2D-3D-S`, or that is the release. Areas may be missing: those on
+            disk are the dataset.
+        val_area: area that is split `val`, the others are `train`; 0: each area is a split, `Area_1` to `Area_6`.
+        frame: `aligned`: every room in its canonical orientation, as the aligned release and Pointcept have it; `area`:
+            the rooms of an area as they lie in the building.
+        release: which one to read; `auto` tells by the name of the folder.
+        images: folder that holds `area_1` and so on, absolute or below the root; empty: the places above.
+
+    Raises:
+        MissingDataError: no release of S3DIS, or no room in it; no images in the folder that was named.
+        UsageError: the name of the folder does not tell which release it is.
+    """
+
+    name: ClassVar[str] = "s3dis"
+    title: ClassVar[str] = "S3DIS with the images of 2D-3D-S, 13 classes"
+    needs: ClassVar[tuple[Need, ...]] = (
+        Need(
+            f"{RELEASES['aligned']}/Area_<n>/<room>/Annotations/<class>_<i>.txt",
+            f"points, colours, classes and instances; or those of {RELEASES['v1.2']}",
+            POINTS_DOWNLOAD,
+        ),
+        Need(
+            f"{RELEASES['aligned']}/Area_<n>/Area_<n>_alignmentAngle.txt",
+            "how rooms were turned; without it depth maps are asked, and v1.2 is read with --option frame=area only",
+            POINTS_DOWNLOAD,
+            optional=True,
+        ),
+        Need(
+            f"{IMAGES_FOLDER}/area_<n>/data/{{rgb,depth,pose}}/camera_<uuid>_<room>_frame_<m>_domain_*",
+            "images, depth maps and poses (areas 1, 2, 3, 4, 5a, 5b, 6); without them points have no features",
+            IMAGES_DOWNLOAD,
+            optional=True,
+        ),
+    )
+    options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "val_area",
+            5,
+            "area that is split 'val', the others are 'train'; 0: six splits, Area_1 to Area_6",
+            (0, 1, 2, 3, 4, 5, 6),
+        ),
+        Option(
+            "frame",
+            "aligned",
+            "aligned: each room in its canonical orientation; area: rooms as they lie in the building",
+            ("aligned", "area"),
+        ),
+        Option("release", "auto", "which points are read; auto: by the name of their folder", ("auto", *RELEASES)),
+        Option("images", "", "folder that holds area_1 and so on, if not the root or 2D-3D-S in or beside it"),
+    )
+    # DITR: 37 x 37 tokens, 10 images of a room, depth within 0.2 m at any distance. Rooms have a million points and
+    # more: one row per point would take many times the space of the tokens, so these are kept, once each.
+    defaults: ClassVar[Defaults] = Defaults(
+        grid=(37, 37), links=LinkSettings(max_views=10, occlusion_tolerance=0.2, depth_min=0.0), layout="views"
+    )
+    release: ClassVar[Release | None] = Release(
+        samples=272,
+        images=2710,
+        points=1_000_000,
+        coverage=0.7,
+        views_per_point=2.5,
+        source="272 rooms, one without images, 273 million points and 70,496 images in all are published figures; 10 "
+        "images of a room are the default; coverage and views per point are guesses",
+    )
+
+    def __init__(
+        self, root: Path, *, val_area: int = 5, frame: str = "aligned", release: str = "auto", images: str = ""
+    ) -> None:
+        self.root = root
+        self.val_area, self.frame = val_area, frame
+        self._points, found = _find_points(root, release)
+        self._file_frame = "aligned" if found == "aligned" else "area"
+        self._images = _find_images(root, self._points, images)
+        self._rooms = {
+            f"Area_{area}_{folder.name}": _Room(area, folder)
+            for area, place in _areas(self._points).items()
+            for folder in sorted(place.iterdir())
+            if folder.is_dir() and not folder.name.startswith(".")
+        }
+        if not self._rooms:
+            raise MissingDataError(
+                f"dataset {self.name!r}: no room in {self._points}, expected folders such as Area_5/office_19; unpack "
+                f"{POINTS_DOWNLOAD}"
+            )
+        # Listed or read when first asked for; small against the points.
+        self._area_images: dict[int, AreaImages] = {}
+        self._area_angles: dict[int, dict[str, int]] = {}
+        self._outlines: dict[str, Outline] = {}
+
+    @property
+    def classes(self) -> tuple[ClassInfo, ...]:
+        """Classes by label index; every point has one."""
+        return CLASSES
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """`train` and `val`, or the areas, see `val_area`; those that have rooms on disk."""
+        return tuple(sorted({self._split(room) for room in self._rooms.values()}))
+
+    def sample_ids(self, split: str) -> Sequence[str]:
+        """Sorted ids of the rooms of one split. Raises `UnknownNameError` for an unknown split."""
+        if split not in self.splits:
+            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self.splits)
+        return sorted(i for i, room in self._rooms.items() if self._split(room) == split)
+
+    def read(self, sample_id: str) -> Sample:
+        """One room; pixels and depth are read only when asked for.
+
+        Of a room that was turned all coordinates are gone through, as the middle of their box belongs to its poses.
+
+        Raises:
+            UnknownNameError: no such room.
+            MissingDataError: no annotation, an area's images or a needed alignment angle.
+            DataError: files that cannot be used.
+        """
+        if sample_id not in self._rooms:
+            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._rooms)
+        room = self._rooms[sample_id]
+        annotation_files(room.folder)
+        views, broken = self._views(room)
+        points_from_file, area_from_points = self._turns(sample_id, room, views)
+        views = tuple(replace(v, camera_from_world=v.camera_from_world @ area_from_points) for v in views)
+        return Sample(
+            id=sample_id,
+            split=self._split(room),
+            views=views,
+            load_points=partial(read_points, room.folder, points_from_file, _stands(views)),
+            broken_views=broken,
+        )
+
+    def _split(self, room: _Room) -> str:
+        if self.val_area == 0:
+            return f"Area_{room.area}"
+        return "val" if room.area == self.val_area else "train"
+
+    def _views(self, room: _Room) -> tuple[tuple[View, ...], tuple[tuple[str, str], ...]]:
+        """Views of a room in the frame of its area, and what is broken; a room without images says so there."""
+        without = "its points have no features"
+        if self._images is None:
+            return (), (
+                (
+                    "",
+                    f"{self.root / IMAGES_FOLDER / FOLDERS[room.area][0]}: no such folder: {without}; unpack "
+                    f"{IMAGES_DOWNLOAD}, then run again with --retry-incomplete",
+                ),
+            )
+        if room.area not in self._area_images:
+            self._area_images[room.area] = AreaImages(self._images, room.area)
+        area = self._area_images[room.area]
+        views, broken = area.views(room.folder.name)
+        if not views and not broken:
+            files = " or ".join(f"{f / 'data' / 'rgb'}/camera_*_{room.folder.name}_frame_*" for f in area.folders)
+            broken = (
+                (
+                    "",
+                    f"{files}: no such file: {without} (Area_3/hallway_5 has no image in the release; of other rooms "
+                    f"unpack {IMAGES_DOWNLOAD} again)",
+                ),
+            )
+        return views, broken
+
+    def _turns(
+        self, sample_id: str, room: _Room, views: Sequence[View]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`points_from_file` and `area_from_points`, both [4, 4]."""
+        stay = np.eye(4)
+        file_frame = self._file_frame
+        if self.frame == file_frame and (file_frame == "area" or not views):
+            return stay, stay
+        angle = self._angle(room)
+        if angle is None and (file_frame == "area" or not views):
+            raise MissingDataError(
+                f"sample {sample_id!r}: no angle of room {room.folder.name!r} in "
+                f"{self._points / f'Area_{room.area}' / f'Area_{room.area}_alignmentAngle.txt'}; unpack "
+                f"{POINTS_DOWNLOAD} again, or read the rooms as they are in the files with --option frame={file_frame}"
+            )
+        if angle == 0:
+            return stay, stay
+        if sample_id not in self._outlines:
+            self._outlines[sample_id] = read_outline(room.folder)
+        outline = self._outlines[sample_id]
+        if file_frame == "aligned" and views:
+            angle = settle_angle(angle, outline, views, f"sample {sample_id!r}")
+        assert angle is not None
+        area_from_aligned = quarter_turn(angle, outline.middle)
+        if self.frame == "aligned":
+            return (stay if file_frame == "aligned" else quarter_turn(-angle, outline.middle)), area_from_aligned
+        return area_from_aligned, stay
+
+    def _angle(self, room: _Room) -> int | None:
+        """Degrees by which a room was turned, by the file of its own release or of the other one beside it."""
+        if room.area not in self._area_angles:
+            name = f"Area_{room.area}"
+            places = (self._points, *(self._points.parent / folder for folder in RELEASES.values()))
+            files = (place / name / f"{name}_alignmentAngle.txt" for place in places)
+            path = next((f for f in files if f.is_file()), None)
+            self._area_angles[room.area] = {} if path is None else read_angles(path)
+        return self._area_angles[room.area].get(room.folder.name)
+
+
+def _find_points(root: Path, release: str) -> tuple[Path, str]:
+    """Folder of the areas, and which release it is."""
+    wanted = RELEASES if release == "auto" else {release: RELEASES[release]}
+    for found, folder in wanted.items():
+        if _areas(root / folder):
+            return root / folder, found
+    if not _areas(root):
+        raise MissingDataError(
+            f"dataset 's3dis': neither {' nor '.join(repr(f) for f in wanted.values())} in {str(root)!r}, expected "
+            f"folders such as {next(iter(wanted.values()))}/Area_5/office_19/Annotations; unpack {POINTS_DOWNLOAD} and "
+            "pass the folder that holds it with --root"
+        )
+    by_name = {folder: found for found, folder in RELEASES.items()}
+    if release == "auto" and root.resolve().name not in by_name:
+        raise UsageError(
+            f"dataset 's3dis': folders Area_<n> in {str(root)!r}, whose name does not tell the release; say it with "
+            "--option release=aligned (rooms turned one by one) or --option release=v1.2"
+        )
+    return root, by_name[root.resolve().name] if release == "auto" else release
+
+
+def _areas(folder: Path) -> dict[int, Path]:
+    """Area -> folder `Area_<n>`."""
+    if not folder.is_dir():
+        return {}
+    found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"Area_([1-6])", p.name)) and p.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def _find_images(root: Path, points: Path, named: str) -> Path | None:
+    """Folder that holds `area_1` and so on; None where there are no images."""
+    if named:
+        found = find_images([root / named])
+        if found is None:
+            raise MissingDataError(
+                f"dataset 's3dis': no area_<n>/data in {str(root / named)!r} (--option images), expected folders "
+                f"such as area_1/data/rgb; unpack {IMAGES_DOWNLOAD} there"
+            )
+        return found
+    return find_images([root / IMAGES_FOLDER, root, points.parent / IMAGES_FOLDER, points.parent])
+
+
+def _stands(views: Sequence[View]) -> NDArray[np.float64]:
+    """[K, 3] places at which the scanner stood; its frames share them up to rounding."""
+    poses = [v.camera_from_world for v in views if np.isfinite(v.camera_from_world).all()]
+    places = np.array([-pose[:3, :3].T @ pose[:3, 3] for pose in poses]).reshape(-1, 3)
+    return np.unique(np.round(places, 2), axis=0)
