@@ -26,6 +26,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python pipelines/bench.py
 	$(BIN)/python pipelines/bench_predict.py --page BENCHMARKS.md
 	$(BIN)/python pipelines/bench_backbones.py --page BENCHMARKS.md
+	$(BIN)/python pipelines/bench_listing.py --page BENCHMARKS.md
 
 # An hour on two cores: 3 distillations, and 27 and 18 trainings.
 experiments: .venv/dev.stamp

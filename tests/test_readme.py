@@ -18,6 +18,7 @@ from ditr_train.foreign.networks import public_network
 from ditr_train.foreign.weights import give
 from ditr_train.models.build import build_segmentor
 from ditr_train.recipe_files import load_recipe
+from layouts import nuscenes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,8 +46,9 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stand-ins for what the README names: /data/scannet, /data/capture, and the weights of its VFMs."""
+    """Stand-ins for what the README names: /data/scannet, /data/nuscenes, /data/capture, the weights of its VFMs."""
     folder = tmp_path_factory.mktemp("readme")
+    nuscenes.write(folder / "nuscenes")
     small = RoomsSettings(
         frames=3, color_size=(64, 48), depth_size=(64, 48), point_spacing=0.2, lost_pose_probability=0
     )
@@ -78,9 +80,8 @@ def stand_in(command: str, place: Path) -> list[str]:
     for name, model in (("dinov2-large", "test_vit"), ("dinov3-large", "test_efficientnet")):
         command = command.replace(f"--vfm {name}", f"--vfm {model} --checkpoint {place / model}.pt --image-size 48x64")
     command = command.replace("--vfm efficientnet-lite0", "--vfm efficientnet-lite0 --image-size 48x64")
-    command = (
-        command.replace("/data/", f"{place}/").replace("runs/", f"{place}/runs/").replace("room.png", f"{place}/r.png")
-    )
+    for text, there in (("/data/", ""), ("runs/", "runs/"), ("room.png", "r.png"), ("overlay.png", "o.png")):
+        command = command.replace(text, f"{place}/{there}")
     if command.startswith("ditr-cache extract"):
         command += " --workers 0"
     if command.startswith(("ditr-train run", "ditr-train sweep")):
