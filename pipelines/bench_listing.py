@@ -23,9 +23,9 @@ from benchmarks_page import machine, table_lines, write_section
 from rich.console import Console
 from rich.table import Table
 
-from ditr_cache.datasets.nuscenes_release import TEST, TRAINVAL, scene_list
-from ditr_cache.datasets.nuscenes_tables import CAMERAS, LIDAR
-from ditr_cache.datasets.semantickitti import SCANS
+from ditr_cache.datasets.nuscenes.release import TEST, TRAINVAL, scene_list
+from ditr_cache.datasets.nuscenes.tables import CAMERAS, LIDAR
+from ditr_cache.datasets.semantickitti.dataset import SCANS
 
 HEADS = ("dataset", "scans", "partitions", "listed in, s", "first sample, s more", "peak memory, MiB", "met")
 GOAL_SECONDS, GOAL_MEMORY = 10, 1024

@@ -187,7 +187,7 @@ def test_nothing_read_from_a_file_is_ever_run():
         ("ditr_cache.verify", ("torch", "timm", "dask")),
         ("ditr_cache.info", ("torch", "timm", "dask")),
         ("ditr_cache.cli", ("torch", "timm", "dask", "distributed")),
-        ("ditr_cache.datasets.scannet", ("torch", "timm", "dask")),
+        ("ditr_cache.datasets.scannet.dataset", ("torch", "timm", "dask")),
     ],
 )
 def test_light_modules_do_not_import_heavy_ones(module, absent):

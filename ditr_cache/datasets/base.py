@@ -165,17 +165,17 @@ class Dataset(ABC):
 
 
 DATASETS: dict[str, str] = {
-    "nuscenes": "ditr_cache.datasets.nuscenes:NuScenesDataset",
-    "posed": "ditr_cache.datasets.posed:PosedDataset",
+    "nuscenes": "ditr_cache.datasets.nuscenes.dataset:NuScenesDataset",
+    "posed": "ditr_cache.datasets.posed.dataset:PosedDataset",
     "rgbd": "ditr_cache.datasets.rgbd:RGBDDataset",
-    "rooms": "ditr_cache.datasets.scannet:RoomsDataset",
-    "s3dis": "ditr_cache.datasets.s3dis:S3DISDataset",
-    "scannet": "ditr_cache.datasets.scannet:ScanNetDataset",
-    "scannet200": "ditr_cache.datasets.scannet200:ScanNet200Dataset",
-    "scannetpp": "ditr_cache.datasets.scannetpp:ScanNetPPDataset",
-    "semantickitti": "ditr_cache.datasets.semantickitti:SemanticKITTIDataset",
-    "structured3d": "ditr_cache.datasets.structured3d:Structured3DDataset",
-    "waymo": "ditr_cache.datasets.waymo:WaymoDataset",
+    "rooms": "ditr_cache.datasets.scannet.dataset:RoomsDataset",
+    "s3dis": "ditr_cache.datasets.s3dis.dataset:S3DISDataset",
+    "scannet": "ditr_cache.datasets.scannet.dataset:ScanNetDataset",
+    "scannet200": "ditr_cache.datasets.scannet.scannet200:ScanNet200Dataset",
+    "scannetpp": "ditr_cache.datasets.scannetpp.dataset:ScanNetPPDataset",
+    "semantickitti": "ditr_cache.datasets.semantickitti.dataset:SemanticKITTIDataset",
+    "structured3d": "ditr_cache.datasets.structured3d.dataset:Structured3DDataset",
+    "waymo": "ditr_cache.datasets.waymo.dataset:WaymoDataset",
 }
 """Name of every dataset -> module and class, imported when asked for."""
 

@@ -33,23 +33,22 @@ SCENES = 8
 DYING = """
 import os
 import signal
-import sys
 from pathlib import Path
 
 import ditr_cache.partition as partition
 
 if not hasattr(partition, "unharmed"):
-    partition.unharmed = partition.encode
+    partition.unharmed = partition.CacheWriter.commit_features
 
 deaths = Path({deaths!r})
 
-def deadly(*arguments):
-    if sys._getframe(1).f_locals["geometry"].partition == {victim!r} and len(list(deaths.iterdir())) < {times}:
+def deadly(writer, spec, geometry, *arguments, **options):
+    if geometry.partition == {victim!r} and len(list(deaths.iterdir())) < {times}:
         (deaths / str(os.getpid())).touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return partition.unharmed(*arguments)
+    return partition.unharmed(writer, spec, geometry, *arguments, **options)
 
-partition.encode = deadly
+partition.CacheWriter.commit_features = deadly
 """
 
 

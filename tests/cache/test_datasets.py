@@ -61,9 +61,8 @@ def test_a_page_describes_it(name):
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda p: p.stem)
 def test_every_command_of_a_page_is_one(page):
     """Options and datasets exist; the commands themselves run in the tests of each dataset."""
-    lines = [
-        line for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL) for line in block.splitlines()
-    ]
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in lines:
         words = shlex.split(line.split("  #")[0])
         if not words or words[0] != "ditr-cache":

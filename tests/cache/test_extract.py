@@ -83,9 +83,9 @@ def test_another_vfm_reuses_geometry(extract: Extract, tmp_path: Path, monkeypat
     extract()
     geometry = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache/geometry").rglob("*")}
     for target in (
-        "ditr_cache.datasets.scannet.read_depth",
-        "ditr_cache.datasets.scannet.read_ply",
-        "ditr_cache.datasets.scannet.read_mesh_points",
+        "ditr_cache.datasets.scannet.dataset.read_depth",
+        "ditr_cache.datasets.scannet.dataset.read_ply",
+        "ditr_cache.datasets.scannet.dataset.read_mesh_points",
         "ditr_cache.link.project",
         "ditr_cache.link.to_camera",
         "ditr_cache.partition.link_view",

@@ -226,7 +226,7 @@ def main(folder: Path, checkpoint: Path, mode: str) -> None:
     declare_missing_operators()
     import timm
 
-    import ditr_cache.datasets.scannet
+    import ditr_cache.datasets.scannet.dataset
     import ditr_cache.extract  # noqa: F401  so that children need not
 
     timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)

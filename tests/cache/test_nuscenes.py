@@ -17,14 +17,17 @@ import yaml
 from PIL import Image
 
 from dataset_runs import Extracted, run_dataset
-from ditr_cache.datasets import nuscenes, nuscenes_release, nuscenes_tables, open_dataset
+from ditr_cache.datasets import open_dataset
 from ditr_cache.datasets.base import partitions
 from ditr_cache.datasets.images import read_color
-from ditr_cache.datasets.nuscenes import NuScenesDataset, global_from_sensor, read_points, rigid
-from ditr_cache.datasets.nuscenes_labels import index_of_category
-from ditr_cache.datasets.nuscenes_release import archive_number, scene_list
-from ditr_cache.datasets.nuscenes_tables import CAMERAS, LIDAR, Pose, Tables, rows_where
-from ditr_cache.datasets.nuscenes_tables import _read_poses as read_poses
+from ditr_cache.datasets.nuscenes import dataset as nuscenes
+from ditr_cache.datasets.nuscenes import release as nuscenes_release
+from ditr_cache.datasets.nuscenes import tables as nuscenes_tables
+from ditr_cache.datasets.nuscenes.dataset import NuScenesDataset, global_from_sensor, read_points, rigid
+from ditr_cache.datasets.nuscenes.labels import index_of_category
+from ditr_cache.datasets.nuscenes.release import archive_number, scene_list
+from ditr_cache.datasets.nuscenes.tables import CAMERAS, LIDAR, Pose, Tables, rows_where
+from ditr_cache.datasets.nuscenes.tables import _read_poses as read_poses
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.link import link_view
 from ditr_cache.partition import ExtractSettings

@@ -16,8 +16,12 @@ import pytest
 
 from dataset_runs import Extracted, run_dataset
 from ditr_cache.datasets import colmap as colmap_module
-from ditr_cache.datasets import open_dataset, posed_classes, posed_colmap, posed_frames, posed_transforms
-from ditr_cache.datasets import posed as posed_module
+from ditr_cache.datasets import open_dataset
+from ditr_cache.datasets.posed import classes as posed_classes
+from ditr_cache.datasets.posed import colmap_model as posed_colmap
+from ditr_cache.datasets.posed import dataset as posed_module
+from ditr_cache.datasets.posed import frames as posed_frames
+from ditr_cache.datasets.posed import transforms as posed_transforms
 from ditr_cache.geometry import inside, project, to_camera
 from ditr_cache.sample import Camera, Points, View
 from layouts import posed as layout

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dataset_runs import Extracted, run_dataset
 from ditr_cache.datasets import open_dataset
-from ditr_cache.datasets.posed_classes import read_classes
-from ditr_cache.datasets.posed_depth import depth_map_size, read_depth_map
+from ditr_cache.datasets.posed.classes import read_classes
+from ditr_cache.datasets.posed.depth import depth_map_size, read_depth_map
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.geometry import to_camera
 from ditr_cache.sample import Points, Sample

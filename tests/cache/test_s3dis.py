@@ -11,8 +11,12 @@ import pytest
 from PIL import Image
 
 from dataset_runs import run_dataset
-from ditr_cache.datasets import open_dataset, s3dis, s3dis_images, s3dis_points, s3dis_turn
+from ditr_cache.datasets import open_dataset
 from ditr_cache.datasets.base import partitions
+from ditr_cache.datasets.s3dis import dataset as s3dis
+from ditr_cache.datasets.s3dis import points as s3dis_points
+from ditr_cache.datasets.s3dis import room_images as s3dis_images
+from ditr_cache.datasets.s3dis import turn as s3dis_turn
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.link import select_views
 from layouts import s3dis as layout

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ditr_cache.datasets import open_dataset
-from ditr_cache.datasets.scannet import ScanNetDataset, vertex_normals
+from ditr_cache.datasets.scannet.dataset import ScanNetDataset, vertex_normals
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.geometry import inside, project, to_camera
 from ditr_cache.sample import Camera
@@ -423,7 +423,7 @@ def test_shipped_lists_are_whole(tmp_path):
         "val": ["scene0011_00"],
         "test": ["scene0707_00"],
     }
-    folder = importlib.resources.files("ditr_cache.datasets") / "scannet_splits"
+    folder = importlib.resources.files("ditr_cache.datasets.scannet") / "splits"
     lists = [set((folder / f"scannetv2_{split}.txt").read_text().split()) for split in ("train", "val", "test")]
     assert [len(ids) for ids in lists] == [1201, 312, 100] and len(set().union(*lists)) == 1613
 

@@ -18,8 +18,10 @@ from PIL import Image
 
 from dataset_runs import Extracted, run_dataset
 from ditr_cache.check import check
-from ditr_cache.datasets import documents, open_dataset, scannet, scannet200, scannet200_labels
-from ditr_cache.datasets.scannet200_labels import LABEL_TABLE, SCANNET200, read_annotation, read_label_table
+from ditr_cache.datasets import documents, open_dataset
+from ditr_cache.datasets.scannet import dataset as scannet
+from ditr_cache.datasets.scannet import scannet200, scannet200_labels
+from ditr_cache.datasets.scannet.scannet200_labels import LABEL_TABLE, SCANNET200, read_annotation, read_label_table
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.sample import Sample
 from ditr_cache.schema import LinkSettings

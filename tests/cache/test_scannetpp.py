@@ -15,18 +15,13 @@ from PIL import Image
 
 from dataset_runs import run_dataset
 from ditr_cache import geometry, link
-from ditr_cache.datasets import (
-    colmap,
-    documents,
-    open_dataset,
-    scannetpp,
-    scannetpp_depth,
-    scannetpp_labels,
-    scannetpp_views,
-    video,
-)
-from ditr_cache.datasets.scannet200_labels import SCANNET200
-from ditr_cache.datasets.scannetpp_labels import benchmark_classes, smallest_objects
+from ditr_cache.datasets import colmap, documents, open_dataset, video
+from ditr_cache.datasets.scannet.scannet200_labels import SCANNET200
+from ditr_cache.datasets.scannetpp import dataset as scannetpp
+from ditr_cache.datasets.scannetpp import depth as scannetpp_depth
+from ditr_cache.datasets.scannetpp import labels as scannetpp_labels
+from ditr_cache.datasets.scannetpp import views as scannetpp_views
+from ditr_cache.datasets.scannetpp.labels import benchmark_classes, smallest_objects
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.schema import IGNORE_INDEX
 from layouts import scannetpp as layout

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from ditr_cache.datasets import scannetpp_depth
+from ditr_cache.datasets.scannetpp import depth as scannetpp_depth
 from ditr_cache.errors import DataError, MissingDataError
 from layouts import scannetpp as layout
 

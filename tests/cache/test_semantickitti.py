@@ -16,12 +16,15 @@ import yaml
 from PIL import Image
 
 from dataset_runs import Extracted, run_dataset
-from ditr_cache.datasets import kitti_odometry, open_dataset, semantickitti, semantickitti_labels
+from ditr_cache.datasets import open_dataset
 from ditr_cache.datasets.base import partitions
 from ditr_cache.datasets.images import read_color
-from ditr_cache.datasets.kitti_odometry import Calibration, OdometryFolders
-from ditr_cache.datasets.semantickitti import read_points
-from ditr_cache.datasets.semantickitti_labels import read_labels
+from ditr_cache.datasets.semantickitti import dataset as semantickitti
+from ditr_cache.datasets.semantickitti import labels as semantickitti_labels
+from ditr_cache.datasets.semantickitti import odometry as kitti_odometry
+from ditr_cache.datasets.semantickitti.dataset import read_points
+from ditr_cache.datasets.semantickitti.labels import read_labels
+from ditr_cache.datasets.semantickitti.odometry import Calibration, OdometryFolders
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.schema import IGNORE_INDEX
 from ditr_train.benchmark_labels import SEMANTICKITTI

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditr_cache.datasets import sens as sens_module
-from ditr_cache.datasets.sens import open_sens
+from ditr_cache.datasets.scannet import sens as sens_module
+from ditr_cache.datasets.scannet.sens import open_sens
 from ditr_cache.errors import DataError, MissingDataError
 
 COLOR_SIZE, DEPTH_SIZE, FRAMES = (32, 24), (16, 12), 4

@@ -19,11 +19,11 @@ from scipy.spatial import cKDTree
 import layouts.structured3d as release
 from dataset_runs import Extracted, run_dataset
 from ditr_cache.datasets import open_dataset
-from ditr_cache.datasets import structured3d as reader
-from ditr_cache.datasets import structured3d_renderings as renderings
 from ditr_cache.datasets.fusion import first_of_voxels
 from ditr_cache.datasets.images import read_ids
-from ditr_cache.datasets.structured3d import Structured3DDataset
+from ditr_cache.datasets.structured3d import dataset as reader
+from ditr_cache.datasets.structured3d import renderings
+from ditr_cache.datasets.structured3d.dataset import Structured3DDataset
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.sample import Points
 from world import Eye, Truth, World

@@ -15,9 +15,14 @@ import pytest
 import yaml
 
 from dataset_runs import Extracted, run_dataset
-from ditr_cache.datasets import open_dataset, waymo, waymo_camera, waymo_lidar, waymo_segment, waymo_tables
+from ditr_cache.datasets import open_dataset
 from ditr_cache.datasets.base import dataset_class, partitions
-from ditr_cache.datasets.waymo_tables import Table
+from ditr_cache.datasets.waymo import camera as waymo_camera
+from ditr_cache.datasets.waymo import dataset as waymo
+from ditr_cache.datasets.waymo import lidar as waymo_lidar
+from ditr_cache.datasets.waymo import segment as waymo_segment
+from ditr_cache.datasets.waymo import tables as waymo_tables
+from ditr_cache.datasets.waymo.tables import Table
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.geometry import inside
 from ditr_cache.sample import Camera

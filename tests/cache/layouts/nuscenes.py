@@ -330,7 +330,7 @@ def _annotate(tables: dict[str, list[Row]], version: str, drive: Drive, samples:
 
 # --- as many rows as the real release -------------------------------------------------------------------------------
 
-SPLITS = Path(__file__).parents[3] / "ditr_cache/datasets/nuscenes_splits"
+SPLITS = Path(__file__).parents[3] / "ditr_cache/datasets/nuscenes/splits"
 _SWEEPS = {"C": (5, 5), "L": (9, 9), "R": (5, 6)}
 """Sweeps between two keyframes, before one of even and of odd number: 12, 20 and 13 frames a second."""
 

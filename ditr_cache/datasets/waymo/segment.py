@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.images import read_color
-from ditr_cache.datasets.waymo_camera import (
+from ditr_cache.datasets.waymo.camera import (
     CAMERAS,
     Lens,
     Shutter,
@@ -22,8 +22,8 @@ from ditr_cache.datasets.waymo_camera import (
     released_projections,
     rolling_projection,
 )
-from ditr_cache.datasets.waymo_lidar import TOP, LidarTables, frame_pose, read_points, scans
-from ditr_cache.datasets.waymo_tables import COMPONENTS, Table, component_path
+from ditr_cache.datasets.waymo.lidar import TOP, LidarTables, frame_pose, read_points, scans
+from ditr_cache.datasets.waymo.tables import COMPONENTS, Table, component_path
 from ditr_cache.errors import DataError
 from ditr_cache.sample import Points, Projection
 

@@ -10,7 +10,7 @@ scannetv2-labels.combined.tsv        row of `raw_category` == label -> `id`, whi
 ```
 
 Ids decide, not names: `doors` and `door` are both 5, and `category` groups otherwise than the benchmark does. The
-classes of `scannet200_table.tsv` are those of `scannet200_constants.py` and `scannet200_splits.py` of the same
+classes of `scannet200.tsv` are those of `scannet200_constants.py` and `scannet200_splits.py` of the same
 repository.
 """
 
@@ -38,7 +38,7 @@ _AGAIN = "download it again with ScanNet's script"
 
 
 def _read_classes() -> dict[int, ClassInfo]:
-    text = (importlib.resources.files("ditr_cache.datasets") / "scannet200_table.tsv").read_text(encoding="utf-8")
+    text = (importlib.resources.files("ditr_cache.datasets.scannet") / "scannet200.tsv").read_text(encoding="utf-8")
     return {
         int(row["id"]): ClassInfo(row["name"], (int(row["r"]), int(row["g"]), int(row["b"])), row["group"])
         for row in csv.DictReader(text.splitlines(), delimiter="\t")

@@ -7,7 +7,7 @@ ROOT/scans/<id>/color/*.jpg  depth/*.png  pose/*.txt  intrinsic/intrinsic_color.
 ```
 
 Mesh and poses are both in the scan's own frame, so the `axisAlignment` of `<id>.txt` is not applied: coordinates stay
-those of the files. The split lists in `scannet_splits/` are those of https://github.com/ScanNet/ScanNet
+those of the files. The split lists in `splits/` are those of https://github.com/ScanNet/ScanNet
 (Tasks/Benchmark), sorted; lists that lie next to the data win over them.
 """
 
@@ -28,8 +28,8 @@ from ditr_cache.datasets.frames import first_image_size, invert_pose, numbered_f
 from ditr_cache.datasets.images import read_color, read_depth
 from ditr_cache.datasets.nyu40 import ROOMS13, SCANNET20, nyu40_to_index
 from ditr_cache.datasets.ply import read_ply
-from ditr_cache.datasets.scannet_cameras import exported_camera, read_info, released_camera
-from ditr_cache.datasets.sens import open_sens
+from ditr_cache.datasets.scannet.cameras import exported_camera, read_info, released_camera
+from ditr_cache.datasets.scannet.sens import open_sens
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.sample import Points, Sample, View
 from ditr_cache.schema import LinkSettings
@@ -173,7 +173,7 @@ class ScanNetDataset(Dataset):
                 split: _read_list(path.read_text(encoding="utf-8", errors="replace")) for split, path in lists.items()
             }
         elif self.shipped_lists:
-            shipped = importlib.resources.files("ditr_cache.datasets") / "scannet_splits"
+            shipped = importlib.resources.files("ditr_cache.datasets.scannet") / "splits"
             listed = {s: _read_list((shipped / f"scannetv2_{s}.txt").read_text(encoding="utf-8")) for s in SPLITS}
         else:
             listed = {}

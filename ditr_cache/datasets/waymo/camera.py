@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.waymo_lidar import LASERS, Scan, pose_of
-from ditr_cache.datasets.waymo_tables import Table
+from ditr_cache.datasets.waymo.lidar import LASERS, Scan, pose_of
+from ditr_cache.datasets.waymo.tables import Table
 from ditr_cache.errors import DataError
 from ditr_cache.geometry import project, to_camera
 from ditr_cache.sample import Camera, Projection

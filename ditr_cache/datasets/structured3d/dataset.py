@@ -9,7 +9,7 @@ ROOT/Structured3D/scene_00000/2D_rendering/<room>/panorama/full/rgb_rawlight.png
 
 Downloads may be unpacked into one folder or each into a folder of its own, `ROOT/<any>/Structured3D/`. There are no
 point files: points are what perspectives and panorama of a room show, see `structured3d_renderings`. A sample is a
-room. Scenes and rooms that the authors call invalid (`structured3d_errata.txt`) are left out. Coordinates are metres in
+room. Scenes and rooms that the authors call invalid (`errata.txt`) are left out. Coordinates are metres in
 the house's own frame, as the annotations have them, but for the unit.
 """
 
@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
 from ditr_cache.datasets.nyu40 import STRUCTURED3D25
-from ditr_cache.datasets.structured3d_renderings import Images, Rendering, open_rendering, room_points
+from ditr_cache.datasets.structured3d.renderings import Images, Rendering, open_rendering, room_points
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.sample import Sample
 from ditr_cache.schema import LinkSettings
@@ -295,7 +295,7 @@ def _is_number(name: str) -> bool:
 
 
 def _errata() -> set[str]:
-    text = (importlib.resources.files("ditr_cache.datasets") / "structured3d_errata.txt").read_text(encoding="utf-8")
+    text = (importlib.resources.files("ditr_cache.datasets.structured3d") / "errata.txt").read_text(encoding="utf-8")
     return {line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")}
 
 

@@ -23,12 +23,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets import nuscenes_labels
 from ditr_cache.datasets.base import SCANS_PER_PARTITION, ClassInfo, Dataset, Defaults, Need, Option, Release
 from ditr_cache.datasets.frames import check_principal_point
 from ditr_cache.datasets.images import read_color
-from ditr_cache.datasets.nuscenes_labels import read_labels
-from ditr_cache.datasets.nuscenes_release import (
+from ditr_cache.datasets.nuscenes import labels as nuscenes_labels
+from ditr_cache.datasets.nuscenes.labels import read_labels
+from ditr_cache.datasets.nuscenes.release import (
     META,
     MINI,
     PAGE,
@@ -38,7 +38,7 @@ from ditr_cache.datasets.nuscenes_release import (
     released_file,
     versions,
 )
-from ditr_cache.datasets.nuscenes_tables import CAMERAS, LIDAR, Frame, Pose
+from ditr_cache.datasets.nuscenes.tables import CAMERAS, LIDAR, Frame, Pose
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.sample import Camera, Points, Sample, View
 from ditr_cache.schema import LinkSettings

@@ -1,7 +1,7 @@
 """Labels of nuScenes-lidarseg, and the 16 classes of its benchmark.
 
 A `*_lidarseg.bin` file has one uint8 per point of the scan: the `index` that `category.json` gives to one of 32 general
-classes. 12 of them are void to the benchmark, the others make 16 classes. `nuscenes_table.tsv` is that mapping with the
+classes. 12 of them are void to the benchmark, the others make 16 classes. `classes.tsv` is that mapping with the
 classes' colours: eval/lidarseg/README.md and utils/color_map.py of github.com/nutonomy/nuscenes-devkit. It is looked up
 by name: neither the rows of `category.json` nor the numbers in the annotators' instructions are in the order of the
 indices.
@@ -27,7 +27,7 @@ _UNKNOWN = -2
 
 @lru_cache(maxsize=1)
 def _table() -> tuple[dict[str, str], ...]:
-    text = (importlib.resources.files("ditr_cache.datasets") / "nuscenes_table.tsv").read_text(encoding="utf-8")
+    text = (importlib.resources.files("ditr_cache.datasets.nuscenes") / "classes.tsv").read_text(encoding="utf-8")
     return tuple(csv.DictReader(text.splitlines(), delimiter="\t"))
 
 

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
-from ditr_cache.datasets.s3dis_images import FOLDERS, IMAGES_DOWNLOAD, AreaImages, find_images
-from ditr_cache.datasets.s3dis_points import (
+from ditr_cache.datasets.s3dis.points import (
     CLASSES,
     POINTS_DOWNLOAD,
     Outline,
@@ -32,7 +31,8 @@ from ditr_cache.datasets.s3dis_points import (
     read_outline,
     read_points,
 )
-from ditr_cache.datasets.s3dis_turn import quarter_turn, read_angles, settle_angle
+from ditr_cache.datasets.s3dis.room_images import FOLDERS, IMAGES_DOWNLOAD, AreaImages, find_images
+from ditr_cache.datasets.s3dis.turn import quarter_turn, read_angles, settle_angle
 from ditr_cache.errors import MissingDataError, UnknownNameError, UsageError
 from ditr_cache.sample import Sample, View
 from ditr_cache.schema import LinkSettings

@@ -25,11 +25,11 @@ import numpy as np
 from ditr_cache.datasets.base import ClassInfo, Dataset, Need, Option
 from ditr_cache.datasets.documents import read_lines
 from ditr_cache.datasets.fusion import fuse_views
-from ditr_cache.datasets.posed_classes import find_classes
-from ditr_cache.datasets.posed_cloud import LABEL_FILES, STEM, CloudFile, find_cloud
-from ditr_cache.datasets.posed_colmap import model_folder, read_workspace
-from ditr_cache.datasets.posed_frames import Description, PosedFrame, in_time_order, moved, view_of, world_offset
-from ditr_cache.datasets.posed_transforms import FILE, read_transforms
+from ditr_cache.datasets.posed.classes import find_classes
+from ditr_cache.datasets.posed.cloud import LABEL_FILES, STEM, CloudFile, find_cloud
+from ditr_cache.datasets.posed.colmap_model import model_folder, read_workspace
+from ditr_cache.datasets.posed.frames import Description, PosedFrame, in_time_order, moved, view_of, world_offset
+from ditr_cache.datasets.posed.transforms import FILE, read_transforms
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.sample import Points, Sample, View
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ditr_cache.datasets.frames import same_aspect
 from ditr_cache.datasets.images import image_size, read_color
-from ditr_cache.datasets.posed_depth import depth_map_size, read_depth_map
+from ditr_cache.datasets.posed.depth import depth_map_size, read_depth_map
 from ditr_cache.errors import DataError, MissingDataError
 from ditr_cache.sample import Camera, View
 

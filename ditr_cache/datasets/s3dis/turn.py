@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.s3dis_points import Outline
+from ditr_cache.datasets.s3dis.points import Outline
 from ditr_cache.errors import DataError
 from ditr_cache.geometry import inside, project, to_camera
 from ditr_cache.sample import View

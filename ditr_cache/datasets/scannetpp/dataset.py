@@ -22,9 +22,9 @@ from typing import ClassVar
 
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
 from ditr_cache.datasets.documents import read_lines
-from ditr_cache.datasets.scannet import read_mesh_points
-from ditr_cache.datasets.scannetpp_labels import Annotation, benchmark_classes, class_indices
-from ditr_cache.datasets.scannetpp_views import Frames, dslr_views, iphone_views, released
+from ditr_cache.datasets.scannet.dataset import read_mesh_points
+from ditr_cache.datasets.scannetpp.labels import Annotation, benchmark_classes, class_indices
+from ditr_cache.datasets.scannetpp.views import Frames, dslr_views, iphone_views, released
 from ditr_cache.errors import MissingDataError, UnknownNameError, UsageError
 from ditr_cache.sample import Sample
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ditr_cache.datasets.documents import read_json
 from ditr_cache.datasets.frames import invert_pose, rigid_pose
 from ditr_cache.datasets.images import image_size
-from ditr_cache.datasets.posed_frames import Description, PosedFrame, path_inside
+from ditr_cache.datasets.posed.frames import Description, PosedFrame, path_inside
 from ditr_cache.errors import DataError
 from ditr_cache.sample import Camera
 

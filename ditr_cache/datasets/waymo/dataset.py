@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from ditr_cache.datasets.base import SCANS_PER_PARTITION, ClassInfo, Dataset, Defaults, Need, Option, Release
-from ditr_cache.datasets.waymo_camera import CAMERAS, image_from_frame, read_lens, read_shutter
-from ditr_cache.datasets.waymo_lidar import LASERS, TOP, frame_pose
-from ditr_cache.datasets.waymo_segment import (
+from ditr_cache.datasets.waymo.camera import CAMERAS, image_from_frame, read_lens, read_shutter
+from ditr_cache.datasets.waymo.lidar import LASERS, TOP, frame_pose
+from ditr_cache.datasets.waymo.segment import (
     Segment,
     SegmentKey,
     load_image,
@@ -34,7 +34,7 @@ from ditr_cache.datasets.waymo_segment import (
     load_rolling,
     open_segment,
 )
-from ditr_cache.datasets.waymo_tables import COMPONENTS, component_path, download_of, read_keys
+from ditr_cache.datasets.waymo.tables import COMPONENTS, component_path, download_of, read_keys
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.sample import Sample, View
 from ditr_cache.schema import LinkSettings
@@ -356,7 +356,7 @@ def read_test_frames(root: Path) -> dict[str, tuple[int, ...]]:
     if path.is_file():
         text, where = path.read_text(encoding="utf-8", errors="replace"), str(path)
     else:
-        shipped = importlib.resources.files("ditr_cache.datasets") / "waymo_test_frames.txt"
+        shipped = importlib.resources.files("ditr_cache.datasets.waymo") / "test_frames.txt"
         text, where = shipped.read_text(encoding="utf-8"), str(shipped)
     frames: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -387,7 +387,7 @@ def _hint(root: Path) -> str:
 @cache
 def _class_table() -> tuple[ClassInfo, ...]:
     """Classes in the order of their ids, which start at 1."""
-    text = (importlib.resources.files("ditr_cache.datasets") / "waymo_table.tsv").read_text(encoding="utf-8")
+    text = (importlib.resources.files("ditr_cache.datasets.waymo") / "classes.tsv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines(), delimiter="\t"))
     assert [int(row["id"]) for row in rows] == list(range(1, len(rows) + 1))
     return tuple(ClassInfo(row["name"], (int(row["r"]), int(row["g"]), int(row["b"]))) for row in rows)

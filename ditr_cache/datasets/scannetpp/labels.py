@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from ditr_cache.datasets.base import ClassInfo
 from ditr_cache.datasets.documents import read_json, read_lines, read_text, whole_numbers
-from ditr_cache.datasets.scannet200_labels import SCANNET200
+from ditr_cache.datasets.scannet.scannet200_labels import SCANNET200
 from ditr_cache.errors import DataError
 from ditr_cache.schema import IGNORE_INDEX
 
@@ -61,7 +61,7 @@ def benchmark_classes(root: Path) -> tuple[ClassInfo, ...]:
         if not names or len(set(names)) != len(names):
             raise DataError(f"{path}: expected one class a line, each once, got {len(names)} lines; {_METADATA}")
     else:
-        shipped = importlib.resources.files("ditr_cache.datasets") / "scannetpp_top100.txt"
+        shipped = importlib.resources.files("ditr_cache.datasets.scannetpp") / "top100.txt"
         names = shipped.read_text(encoding="utf-8").splitlines()
     return tuple(ClassInfo(name, color) for name, color in zip(names, _colors(names), strict=True))
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.frames import rigid_pose
-from ditr_cache.datasets.waymo_tables import Table
+from ditr_cache.datasets.waymo.tables import Table
 from ditr_cache.errors import DataError
 from ditr_cache.sample import Points
 from ditr_cache.schema import IGNORE_INDEX

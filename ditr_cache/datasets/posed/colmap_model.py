@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ditr_cache.datasets.colmap import has_model, read_cameras, read_images
-from ditr_cache.datasets.posed_frames import Description, PosedFrame, path_inside
+from ditr_cache.datasets.posed.frames import Description, PosedFrame, path_inside
 from ditr_cache.errors import DataError
 
 _LOG = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from ditr_cache.datasets.colmap import ColmapImage, camera_of, read_cameras, rea
 from ditr_cache.datasets.documents import read_json
 from ditr_cache.datasets.frames import first_image_size, frame_number, invert_pose, same_aspect
 from ditr_cache.datasets.images import read_color, read_depth
-from ditr_cache.datasets.scannetpp_depth import DEPTH_SIZE, read_depth_frame
+from ditr_cache.datasets.scannetpp.depth import DEPTH_SIZE, read_depth_frame
 from ditr_cache.datasets.video import read_video_frame, require_video
 from ditr_cache.errors import DataError, MissingDataError
 from ditr_cache.sample import Camera, View

@@ -20,11 +20,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets import semantickitti_labels
 from ditr_cache.datasets.base import SCANS_PER_PARTITION, ClassInfo, Dataset, Defaults, Need
 from ditr_cache.datasets.frames import first_image_size
 from ditr_cache.datasets.images import read_color
-from ditr_cache.datasets.kitti_odometry import (
+from ditr_cache.datasets.semantickitti import labels as semantickitti_labels
+from ditr_cache.datasets.semantickitti.labels import LABELS_ZIP, read_labels
+from ditr_cache.datasets.semantickitti.odometry import (
     CALIB_ZIP,
     COLOR_ZIP,
     VELODYNE_ZIP,
@@ -33,7 +34,6 @@ from ditr_cache.datasets.kitti_odometry import (
     read_calibration,
     shortened,
 )
-from ditr_cache.datasets.semantickitti_labels import LABELS_ZIP, read_labels
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.pointcloud.readers import open_cloud
 from ditr_cache.sample import Camera, Points, Sample, View

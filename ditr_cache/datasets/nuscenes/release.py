@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.json_rows import rows
-from ditr_cache.datasets.nuscenes_labels import index_of_category
-from ditr_cache.datasets.nuscenes_tables import Tables
+from ditr_cache.datasets.nuscenes.labels import index_of_category
+from ditr_cache.datasets.nuscenes.tables import Tables
 from ditr_cache.errors import DataError, MissingDataError
 
 _LOG = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ SPLITS: dict[str, dict[str, str]] = {
     MINI: {"train": "mini_train", "val": "mini_val"},
     TEST: {"test": "test"},
 }
-"""Release -> split -> official list of scenes in `nuscenes_splits/` (utils/splits.py of the devkit)."""
+"""Release -> split -> official list of scenes in `splits/` (utils/splits.py of the devkit)."""
 
 PAGE = "https://www.nuscenes.org/nuscenes#download"
 META = {TRAINVAL: "v1.0-trainval_meta.tgz", TEST: "v1.0-test_meta.tgz", MINI: "v1.0-mini.tgz"}
@@ -45,7 +45,7 @@ SCENES_PER_ARCHIVE = 85
 @lru_cache(maxsize=8)
 def scene_list(name: str) -> tuple[str, ...]:
     """Names of the scenes of an official list."""
-    path = importlib.resources.files("ditr_cache.datasets") / "nuscenes_splits" / f"{name}.txt"
+    path = importlib.resources.files("ditr_cache.datasets.nuscenes") / "splits" / f"{name}.txt"
     return tuple(path.read_text(encoding="utf-8").split())
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.posed_classes import ClassTable, whole_numbers
-from ditr_cache.datasets.posed_frames import offset_of
-from ditr_cache.datasets.s3dis_points import estimate_room_normals
+from ditr_cache.datasets.posed.classes import ClassTable, whole_numbers
+from ditr_cache.datasets.posed.frames import offset_of
+from ditr_cache.datasets.s3dis.points import estimate_room_normals
 from ditr_cache.errors import DataError, MissingDataError
 from ditr_cache.pointcloud.cloud import PointCloud, color_factor
 from ditr_cache.pointcloud.readers import open_cloud

@@ -1,6 +1,6 @@
 """ScanNet200: the scans of ScanNet v2 with the 200 classes of the long-tailed benchmark.
 
-The layout is that of `ditr_cache.datasets.scannet`, and of a scan are read in place of its `_vh_clean_2.labels.ply`:
+The layout is that of `scannet.dataset`, and of a scan are read in place of its `_vh_clean_2.labels.ply`:
 
 ```
 ROOT/scannetv2-labels.combined.tsv                                                    the label table, for all scans
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from ditr_cache.datasets.base import ClassInfo, Need
-from ditr_cache.datasets.scannet import ReadLabels, ScanNetDataset, released_file
-from ditr_cache.datasets.scannet200_labels import (
+from ditr_cache.datasets.scannet.dataset import ReadLabels, ScanNetDataset, released_file
+from ditr_cache.datasets.scannet.scannet200_labels import (
     AGGREGATION,
     LABEL_TABLE,
     SCANNET200,

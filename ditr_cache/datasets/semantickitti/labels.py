@@ -1,7 +1,7 @@
 """SemanticKITTI's label files, and the classes of its single-scan benchmark.
 
 A `.label` file has one little-endian uint32 per point of the scan: the raw id in the lower 16 bits, the number of the
-object in the upper 16 (github.com/PRBonn/semantic-kitti-api, README.md). `semantickitti_table.tsv` is `labels`,
+object in the upper 16 (github.com/PRBonn/semantic-kitti-api, README.md). `classes.tsv` is `labels`,
 `learning_map` and `color_map` of `config/semantic-kitti.yaml` there: moving objects have raw ids of their own, which
 join the classes of those that stand still.
 """
@@ -30,7 +30,7 @@ _MOST_UNKNOWN = 0.01  # of a scan: a few stray ids are ignored, as SemanticKITTI
 
 @lru_cache(maxsize=1)
 def _table() -> tuple[dict[str, str], ...]:
-    text = (importlib.resources.files("ditr_cache.datasets") / "semantickitti_table.tsv").read_text(encoding="utf-8")
+    text = (importlib.resources.files("ditr_cache.datasets.semantickitti") / "classes.tsv").read_text(encoding="utf-8")
     return tuple(csv.DictReader(text.splitlines(), delimiter="\t"))
 
 

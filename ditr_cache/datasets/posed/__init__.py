@@ -1,0 +1,1 @@
+"""Captures described by nerfstudio, Instant-NGP or COLMAP, with a point cloud."""

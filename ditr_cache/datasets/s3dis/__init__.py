@@ -1,0 +1,1 @@
+"""S3DIS with the images of 2D-3D-S."""

@@ -1,0 +1,1 @@
+"""Waymo Perception v2."""
