@@ -25,8 +25,8 @@ def estimate_text(name: str) -> str:
         ("samples", f"{cls.release.samples:,}"),
         ("images embedded", f"{cls.release.images:,}, {rows}x{columns} tokens each"),
         ("points", f"{cls.release.samples * cls.release.points / 1e6:,.0f} million"),
-        *((f"forward passes on one {d.name}", f"{cost.gpu_hours[d.name]:.1f} h") for d in DEVICES),
-        ("linking, on one CPU core", f"{cost.cpu_hours:.1f} h"),
+        *((f"forward passes on one {d.name}", duration(cost.gpu_hours[d.name])) for d in DEVICES),
+        ("linking, on one CPU core", duration(cost.cpu_hours)),
         ("geometry on disk", f"at most {human_bytes(round(cost.geometry_bytes))}"),
         (f"features on disk, int8, layout `{cost.layout}`", f"at most {human_bytes(round(cost.feature_bytes))}"),
     ]
@@ -41,6 +41,11 @@ def estimate_text(name: str) -> str:
             f"Sizes are before compression. Rates of ViT-L/14: {devices}. Counts: {cls.release.source}.",
         ]
     )
+
+
+def duration(hours: float) -> str:
+    """Hours, or minutes where they are few."""
+    return f"{hours:.1f} h" if hours >= 2 else f"{max(1, round(hours * 60))} min"
 
 
 def main() -> None:
