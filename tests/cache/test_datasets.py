@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import shlex
@@ -13,12 +14,13 @@ import click
 import pytest
 
 from ditr_cache import cli
-from ditr_cache.datasets import DATASETS, ClassInfo, Dataset, Need, Option, dataset_class, parse_options
+from ditr_cache.datasets import DATASETS, ClassInfo, Dataset, Need, Option, dataset_class, open_dataset, parse_options
 from ditr_cache.datasets.base import SCANS_PER_PARTITION, Defaults, Release, changed_options, partitions
 from ditr_cache.errors import UnknownNameError, UsageError
 from ditr_cache.release_cost import DEVICES, RATED_TOKENS, flops, release_cost
 from ditr_cache.sample import Sample
 from ditr_cache.schema import LAYOUTS, OCCLUSION
+from ditr_train.recipe_files import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "datasets"
@@ -191,3 +193,34 @@ def test_the_rate_is_the_published_one_at_its_own_size(monkeypatch):
     assert all(device.source for device in DEVICES)
     monkeypatch.setattr(Drives, "release", None)
     assert release_cost(Drives) is None
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+WRITTEN = {
+    "nuscenes": {},
+    "s3dis": {"with_images": False, "areas": (1, 5)},
+    "scannet200": {"frames": "none"},
+    "scannetpp": {"iphone": False, "undistorted": ""},
+    "semantickitti": {"scans": 1, "azimuths": 60, "without_images": ("03", "08", "13")},
+    "structured3d": {"size": (64, 36), "panorama_size": (64, 32)},
+    "waymo": {},
+}
+"""Dataset -> what its writer is told, to be quick."""
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_recipes_and_readers_agree_on_classes_and_splits(name, tmp_path):
+    importlib.import_module(f"layouts.{name}").write(tmp_path, **WRITTEN[name])
+    dataset = open_dataset(name, tmp_path)
+    recipe = load_recipe(f"{name}/{'distill' if name == 'structured3d' else 'plain'}")
+    assert recipe.dataset == name and list(recipe.classes) == [c.name for c in dataset.classes]
+    named = {*recipe.splits.training, *([recipe.splits.val] if recipe.splits.val else [])}
+    assert named <= set(dataset.splits)
+    if name != "structured3d":
+        assert all(dataset.sample_ids(split) for split in named)
+
+
+def test_the_scannet_recipe_has_the_reader_s_classes():
+    table = dataset_class("scannet").class_table
+    assert list(load_recipe("scannet/plain").classes) == [c.name for c in table.values()]
