@@ -9,7 +9,7 @@ RUN apt-get update \
 WORKDIR /opt/ditr
 COPY . .
 RUN python3.11 -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[demo,io,plot,cu126]'
+ && /opt/venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[demo,io,datasets,plot,cu126]'
 ENV PATH=/opt/venv/bin:$PATH
 USER ditr
 WORKDIR /home/ditr
