@@ -61,3 +61,22 @@ NUSCENES: dict[str, int] = {
 }  # fmt: skip
 """Lidar segmentation indices: `python-sdk/nuscenes/eval/lidarseg/README.md` of github.com/nutonomy/nuscenes-devkit;
 0, void, must not be predicted."""
+
+SCANNETPP: dict[str, int] = {
+    name: index
+    for index, name in enumerate((
+        "wall", "ceiling", "floor", "table", "door", "ceiling lamp", "cabinet", "blinds", "curtain", "chair",
+        "storage cabinet", "office chair", "bookshelf", "whiteboard", "window", "box", "window frame", "monitor",
+        "shelf", "doorframe", "pipe", "heater", "kitchen cabinet", "sofa", "windowsill", "bed", "shower wall",
+        "trash can", "book", "plant", "blanket", "tv", "computer tower", "kitchen counter", "refrigerator", "jacket",
+        "electrical duct", "sink", "bag", "picture", "pillow", "towel", "suitcase", "backpack", "crate", "keyboard",
+        "rack", "toilet", "paper", "printer", "poster", "painting", "microwave", "board", "shoes", "socket", "bottle",
+        "bucket", "cushion", "basket", "shoe rack", "telephone", "file folder", "cloth", "blind rail", "laptop",
+        "plant pot", "exhaust fan", "cup", "coat hanger", "light switch", "speaker", "table lamp", "air vent",
+        "clothes hanger", "kettle", "smoke detector", "container", "power strip", "slippers", "paper bag", "mouse",
+        "cutting board", "toilet paper", "paper towel", "pot", "clock", "pan", "tap", "jar", "soap dispenser", "binder",
+        "bowl", "tissue box", "whiteboard eraser", "toilet brush", "spray bottle", "headphones", "stapler", "marker",
+    ))
+}  # fmt: skip
+"""Index of each of the top 100 classes, its line in the release's `metadata/semantic_benchmark/top100.txt` (README of
+github.com/scannetpp/scannetpp, "3D Semantic Segmentation Evaluation")."""

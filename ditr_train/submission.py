@@ -6,6 +6,7 @@ and the dataset's adapter has to use them:
 | dataset | sample id | file |
 | --- | --- | --- |
 | scannet, scannet200 | scene, `scene0707_00` | `scene0707_00.txt` |
+| scannetpp | scene, `0d2ee665be` | `0d2ee665be.txt` |
 | semantickitti | sequence and scan, `11/000042` | `sequences/11/predictions/000042.label` |
 | nuscenes | token of the lidar's sample_data | `lidarseg/<split>/<token>_lidarseg.bin` |
 
@@ -14,6 +15,8 @@ Formats:
 - ScanNet and ScanNet200: one line per vertex of `<scene>_vh_clean_2.ply` in its order, with the label id as an integer;
   the zip holds the files of all scenes and no folder (https://kaldir.vc.in.tum.de/scannet_benchmark/documentation,
   "Format for 3D Semantic Label Prediction").
+- ScanNet++: likewise of `mesh_aligned_0.05.ply`, with the index of the class in `top100.txt`, 0 to 99
+  (README.md, "3D Semantic Segmentation Evaluation", of github.com/scannetpp/scannetpp).
 - SemanticKITTI: uint32 label of every point of the scan, in the original ids; the zip holds `sequences` with entries
   for its folders (README.md and validate_submission.py of github.com/PRBonn/semantic-kitti-api).
 - nuScenes: uint8 index of every point, 1 to 16; beside them `<split>/submission.json` tells the inputs of the method
@@ -35,7 +38,7 @@ from numpy.typing import NDArray
 
 from ditr_cache.errors import DataError, MismatchError, StorageError, UnknownNameError, UnwritableError, UsageError
 from ditr_cache.store import CacheReader
-from ditr_train.benchmark_labels import NUSCENES, SCANNET, SCANNET200, SEMANTICKITTI
+from ditr_train.benchmark_labels import NUSCENES, SCANNET, SCANNET200, SCANNETPP, SEMANTICKITTI
 from ditr_train.files import temporary_name
 
 log = logging.getLogger(__name__)
@@ -69,20 +72,22 @@ def _lines(labels: NDArray[np.int64]) -> bytes:
     return "".join(f"{label}\n" for label in labels.tolist()).encode("ascii")
 
 
-def _scannet(labels: Mapping[str, int]) -> Benchmark:
+def _lines_of_scenes(labels: Mapping[str, int], sample_id: str, example: str, test_samples: int) -> Benchmark:
+    """A file of lines per scene, as ScanNet's servers and that of ScanNet++ take them."""
     return Benchmark(
         labels=labels,
-        sample_id=re.compile(r"scene\d{4}_\d{2}"),
-        example="scene0707_00",
+        sample_id=re.compile(sample_id),
+        example=example,
         file="{0}.txt",
         encode=_lines,
-        test_samples=100,
+        test_samples=test_samples,
     )
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "scannet": _scannet(SCANNET),
-    "scannet200": _scannet(SCANNET200),
+    "scannet": _lines_of_scenes(SCANNET, r"scene\d{4}_\d{2}", "scene0707_00", 100),
+    "scannet200": _lines_of_scenes(SCANNET200, r"scene\d{4}_\d{2}", "scene0707_00", 100),
+    "scannetpp": _lines_of_scenes(SCANNETPP, r"[0-9a-f]{10}", "0d2ee665be", 50),
     "semantickitti": Benchmark(
         labels=SEMANTICKITTI,
         sample_id=re.compile(r"\d{2}/\d{6}"),
@@ -143,7 +148,7 @@ class Submission:
                 "benchmark of dataset",
                 dataset,
                 BENCHMARKS,
-                "Leave --submission out; no server takes predictions on it.",
+                "Leave --submission out.",
             )
         self.benchmark = BENCHMARKS[dataset]
         self._labels = self._label_table()

@@ -12,7 +12,7 @@ import pytest
 from ditr_cache.errors import DataError, MismatchError, MissingDataError, UnknownNameError, UnwritableError, UsageError
 from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo
 from ditr_cache.store import CacheWriter, open_cache
-from ditr_train.benchmark_labels import NUSCENES, SCANNET, SCANNET200, SEMANTICKITTI
+from ditr_train.benchmark_labels import NUSCENES, SCANNET, SCANNET200, SCANNETPP, SEMANTICKITTI
 from ditr_train.cli import main
 from ditr_train.evaluate import evaluate, predict_sample
 from ditr_train.recipe import parse_recipe
@@ -24,16 +24,21 @@ TOKENS = ("16d39ff22a8545b0a4ee3236a0fe1c20", "ec093557a26a4fb5a8c7b4ae0b2c1b07"
 IDS = {
     "scannet": ("scene0707_00", "scene0708_00"),
     "scannet200": ("scene0707_00", "scene0708_00"),
+    "scannetpp": ("0d2ee665be", "7450386219"),
     "semantickitti": ("11/000000", "21/000042"),
     "nuscenes": TOKENS,
 }
 FILES = {
     "scannet": ["scene0707_00.txt", "scene0708_00.txt"],
     "scannet200": ["scene0707_00.txt", "scene0708_00.txt"],
+    "scannetpp": ["0d2ee665be.txt", "7450386219.txt"],
     "semantickitti": ["sequences/11/predictions/000000.label", "sequences/21/predictions/000042.label"],
     "nuscenes": [f"lidarseg/test/{token}_lidarseg.bin" for token in TOKENS],
 }
-LABELS = {"scannet": SCANNET, "scannet200": SCANNET200, "semantickitti": SEMANTICKITTI, "nuscenes": NUSCENES}
+LABELS = {
+    "scannet": SCANNET, "scannet200": SCANNET200, "scannetpp": SCANNETPP, "semantickitti": SEMANTICKITTI,
+    "nuscenes": NUSCENES,
+}  # fmt: skip
 
 
 def write_cache(
@@ -112,7 +117,7 @@ def test_labels_arrive_in_the_datasets_order_and_ids(dataset: str, backwards: bo
 
 def test_the_tables_are_those_of_the_benchmarks() -> None:
     assert {name: len(labels) for name, labels in LABELS.items()} == {
-        "scannet": 20, "scannet200": 200, "semantickitti": 19, "nuscenes": 16,
+        "scannet": 20, "scannet200": 200, "scannetpp": 100, "semantickitti": 19, "nuscenes": 16,
     }  # fmt: skip
     assert all(len(set(labels.values())) == len(labels) for labels in LABELS.values())
     assert list(SCANNET.values()) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39]
@@ -144,7 +149,7 @@ def test_wrong_use_is_found_before_a_file_is_made(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.zip").exists()
 
     rooms = write_cache(tmp_path / "rooms", "rooms", ids, classes=("floor", "wall"))
-    fails(UnknownNameError, "benchmark of dataset 'rooms'.*no server", rooms)
+    fails(UnknownNameError, "benchmark of dataset 'rooms'.*Leave --submission out", rooms)
     few = write_cache(tmp_path / "few", "scannet", ids, classes=("floor", "wall", "poster"))
     fails(MismatchError, "expected 20, got 3; missing: bathtub.*unknown: poster", few)
     lost = write_cache(tmp_path / "lost", "scannet", ids, lost=2)
@@ -242,3 +247,8 @@ def test_the_command_names_the_protocol(run: Path, capsys: pytest.CaptureFixture
     assert "did you mean 'waymo'" in capsys.readouterr().err
     assert call("eval", str(run), "--tta", "waymo") == 2
     assert "--protocol full" in capsys.readouterr().err
+
+
+def test_indices_of_scannetpp_are_the_lines_of_its_list() -> None:
+    top100 = Path(__file__).parents[2] / "ditr_cache" / "datasets" / "scannetpp" / "top100.txt"
+    assert top100.read_text().splitlines() == list(SCANNETPP) and list(SCANNETPP.values()) == list(range(100))
