@@ -70,6 +70,8 @@ def encode(rows: NDArray[np.floating], codec: str) -> EncodedRows:
 
 def concatenate_rows(parts: Sequence[EncodedRows]) -> EncodedRows:
     """Rows of several parts of one codec, at least one, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
     scales = [part.scale for part in parts if part.scale is not None]
     return EncodedRows(
         table=np.concatenate([part.table for part in parts]), scale=np.concatenate(scales) if scales else None

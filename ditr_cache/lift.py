@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class TokenTable:
         dim: int,
         device: torch.device,
     ) -> None:
-        self.link_row = np.full(len(uv), -1, dtype=np.int64)
+        self.link_row = np.full(len(uv), -1, dtype=np.int32)
         """[L] row of each link; -1 for links of views that were dropped."""
         self.ends = np.cumsum(links_per_view, dtype=np.int64)
         """[V] number of links up to the end of each view."""
@@ -68,19 +68,18 @@ class TokenTable:
         return slice(int(self.ends[view - 1]) if view else 0, int(self.ends[view]))
 
 
-def every_token(table: TokenTable) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+def every_token(table: TokenTable) -> tuple[Iterator[NDArray[np.float32]], NDArray[np.int32]]:
     """Every token that a link sees, once: nothing is reduced.
 
     Returns:
-        rows [T, C] float32, in the order of the views and of the tokens in each, and index [L] int32, the row of each
-        link, -1 for links of views that were dropped.
+        rows [T, C] float32 in blocks, in the order of the views and of the tokens in each, and index [L] int32, the row
+        of each link, -1 for links of views that were dropped.
     """
     used = np.zeros(len(table.rows), dtype=bool)
     used[table.link_row[table.link_row >= 0]] = True
     # The last entry is what position -1 reads.
-    position = np.append(np.cumsum(used) - 1, -1)
-    rows = table.rows if used.all() else table.rows[torch.from_numpy(np.flatnonzero(used))]
-    return rows.cpu().numpy(), position[table.link_row].astype(np.int32)
+    position = np.append(np.cumsum(used) - 1, -1).astype(np.int32)
+    return _gathered(table.rows, np.flatnonzero(used)), position[table.link_row]
 
 
 def fuse(
@@ -89,8 +88,10 @@ def fuse(
     link_depth: NDArray[np.float16],
     num_points: int,
     how: str,
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+) -> tuple[Iterator[NDArray[np.float32]], NDArray[np.int32]]:
     """One row per visible point, or fewer where points share one.
+
+    Rows come in blocks, so that those of a large scene never exist as a whole in float32.
 
     Args:
         table: filled tokens.
@@ -100,39 +101,49 @@ def fuse(
         how: one of `FUSE`.
 
     Returns:
-        rows [T, C] float32 and index [N] int32, the row of each point, -1 where no link is left. Rows stand in the
-        order in which the points first use them, so neighbours in space are neighbours in the table.
+        rows [T, C] float32 in blocks and index [N] int32, the row of each point, -1 where no link is left. Rows stand
+        in the order in which the points first use them, so neighbours in space are neighbours in the table.
+
+    Raises:
+        UnknownNameError: no such way.
     """
     if how not in FUSE:
         raise UnknownNameError.of("fuse", how, FUSE)
     if how == "mean":
-        alive = table.link_row >= 0
-        point, row = link_point[alive].astype(np.int64), table.link_row[alive]
-        index = np.full(num_points, -1, dtype=np.int64)
-        order = np.argsort(point, kind="stable")
+        point, row = link_point, table.link_row
+        if (row < 0).any():
+            point, row = point[row >= 0], row[row >= 0]
+        index = np.full(num_points, -1, dtype=np.int32)
         starts = np.concatenate([[0], np.cumsum(np.bincount(point, minlength=num_points))])
         visible = np.flatnonzero(np.diff(starts))
         index[visible] = np.arange(len(visible))
-        return _mean_rows(table.rows, row[order], starts[:-1][visible], starts[1:][visible]), index.astype(np.int32)
+        row = row[np.argsort(point, kind="stable")]
+        return _means(table.rows, row, starts[:-1][visible], starts[1:][visible]), index
     links = LinkedRows(row=table.link_row, point=link_point, ends=table.ends, points=num_points)
-    index = (links.last() if how == "last" else links.nearest(link_depth)).astype(np.int64)
+    index = links.last() if how == "last" else links.nearest(link_depth)
     valid = index >= 0
     used, first, inverse = np.unique(index[valid], return_index=True, return_inverse=True)
     by_first_use = np.argsort(first, kind="stable")
-    rank = np.empty(len(used), dtype=np.int64)
+    rank = np.empty(len(used), dtype=np.int32)
     rank[by_first_use] = np.arange(len(used))
     index[valid] = rank[inverse]
-    return table.rows[torch.from_numpy(used[by_first_use])].cpu().numpy(), index.astype(np.int32)
+    return _gathered(table.rows, used[by_first_use]), index
 
 
-def _mean_rows(
-    tokens: torch.Tensor, row: NDArray[np.int64], starts: NDArray[np.int64], ends: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """Mean over `tokens[row[starts[i]:ends[i]]]` for each i, in steps of bounded memory."""
-    result = np.empty((len(starts), tokens.shape[1]), dtype=np.float32)
+def _gathered(tokens: torch.Tensor, rows: NDArray[np.integer]) -> Iterator[NDArray[np.float32]]:
+    """Rows of the tokens, in blocks; at least one, so that no rows have a width, too."""
+    for first in range(0, max(1, len(rows)), _ROWS_PER_STEP):
+        yield tokens[torch.from_numpy(rows[first : first + _ROWS_PER_STEP]).to(tokens.device)].cpu().numpy()
+
+
+def _means(
+    tokens: torch.Tensor, row: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> Iterator[NDArray[np.float32]]:
+    """Mean over `tokens[row[starts[i]:ends[i]]]` for each i, in blocks; at least one."""
+    if not len(starts):
+        yield np.zeros((0, tokens.shape[1]), dtype=np.float32)
     for first in range(0, len(starts), _ROWS_PER_STEP):
         last = min(first + _ROWS_PER_STEP, len(starts))
         used = torch.from_numpy(row[starts[first] : ends[last - 1]]).to(tokens.device)
-        offsets = torch.from_numpy(starts[first:last] - starts[first]).to(tokens.device)
-        result[first:last] = F.embedding_bag(used, tokens, offsets, mode="mean").cpu().numpy()
-    return result
+        offsets = torch.from_numpy((starts[first:last] - starts[first]).astype(np.int32)).to(tokens.device)
+        yield F.embedding_bag(used, tokens, offsets, mode="mean").cpu().numpy()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.codecs import EncodedRows, concatenate_rows, encode
+from ditr_cache.codecs import EncodedRows, concatenate_rows
 from ditr_cache.datasets.base import DATASETS, Defaults, OptionValue, Partition, dataset_class, open_dataset
 from ditr_cache.errors import CacheError, DataError, StorageError, UnknownNameError, UsageError
 from ditr_cache.geometry import morton_order, point_spacing
@@ -179,10 +179,10 @@ class PartitionWorker:
             """Fuse and encode, in order, the samples before `upto`: their tokens need not be kept any longer."""
             nonlocal base
             while open_parts and open_parts[0] is not upto:
-                found, index = open_parts.popleft().rows(self.spec, self.vfm.device)
-                rows.append(encode(found, self.spec.codec))
+                found, index = open_parts.popleft().encoded(self.vfm.device)
+                rows.append(found)
                 indices.append(np.where(index >= 0, index + base, -1).astype(np.int32))
-                base += len(found)
+                base += len(found.table)
 
         for position, result in _ahead(tasks, depth=2 * self.batch_size):
             part, view = wanted[position]
@@ -298,8 +298,9 @@ def _concatenate_clouds(clouds: Sequence[Mapping[str, NDArray[Any]]]) -> dict[st
     names += [n for n in UNLABELLED if n not in names and any(n in c for c in clouds)]
 
     def part(cloud: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
-        missing = np.full(len(cloud["coord"]), UNLABELLED.get(name, 0), dtype=STORED_DTYPES.get(name))
-        return cloud.get(name, missing)
+        if name in cloud:
+            return cloud[name]
+        return np.full(len(cloud["coord"]), UNLABELLED[name], dtype=STORED_DTYPES[name])
 
     return {name: np.concatenate([part(c, name) for c in clouds]) for name in names}
 

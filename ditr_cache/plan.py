@@ -203,4 +203,4 @@ def _count_rows(writer: CacheWriter, geometry: GeometryRecord, spec: VFMSpec, ho
         return len(table.rows), len(table.link_row)
     table.rows.uniform_(generator=torch.Generator().manual_seed(0))  # tokens that differ, as true ones do
     rows, index = fuse(table, links["link_point"], links["link_depth"], sum(s.points for s in geometry.samples), how)
-    return len(np.unique(rows)), len(index)
+    return len(np.unique(np.concatenate(list(rows)))), len(index)

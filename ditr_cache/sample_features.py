@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditr_cache.codecs import EncodedRows, concatenate_rows, encode
 from ditr_cache.lift import TokenTable, every_token, fuse
 from ditr_cache.schema import GeometryRecord, SampleInfo, VFMSpec
 from ditr_cache.store import LINK_ARRAYS
@@ -20,6 +21,7 @@ class SampleFeatures:
     Args:
         info: what the geometry says of the sample.
         point, uv, depth: its links, points counted from the sample's first.
+        spec: of the VFM.
     """
 
     def __init__(
@@ -55,15 +57,17 @@ class SampleFeatures:
         """Forget the links of a view that could not be embedded."""
         self._dropped.append(view)
 
-    def rows(self, spec: VFMSpec, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Rows [T, C] float32 and index [N] or, in the layout `views`, [L]; frees the tokens."""
+    def encoded(self, device: torch.device) -> tuple[EncodedRows, NDArray[np.int32]]:
+        """Rows of T tokens as the codec stores them, and index [N] or, in the layout `views`, [L]; frees the tokens."""
         table = self._tokens(device)
         self._table = None
         for view in self._dropped:
             table.drop(self._position[view])
-        if spec.layout == "views":
-            return every_token(table)
-        return fuse(table, self._point, self._depth, self.info.points, spec.fuse)
+        if self._spec.layout == "views":
+            blocks, index = every_token(table)
+        else:
+            blocks, index = fuse(table, self._point, self._depth, self.info.points, self._spec.fuse)
+        return concatenate_rows([encode(block, self._spec.codec) for block in blocks]), index
 
     def _tokens(self, device: torch.device) -> TokenTable:
         if self._table is None:

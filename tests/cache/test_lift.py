@@ -27,7 +27,8 @@ class Case:
 
     def run(self, how: str) -> tuple[np.ndarray, np.ndarray, TokenTable]:
         table = self.table()
-        return *fuse(table, self.point, self.depth, self.points, how), table
+        blocks, index = fuse(table, self.point, self.depth, self.points, how)
+        return np.concatenate(list(blocks)), index, table
 
     def table(self) -> TokenTable:
         table = TokenTable(self.uv, [len(s) for s in self.seen], self.grid, DIM, CPU)
@@ -129,7 +130,8 @@ def test_mean_over_more_rows_than_one_step(monkeypatch):
 )
 def test_every_token_against_plain_loops(seed, points, views, grid, dropped):
     case = Case(seed, points, views, grid, dropped)
-    rows, index = every_token(case.table())
+    blocks, index = every_token(case.table())
+    rows = np.concatenate(list(blocks))
     assert rows.dtype == np.float32 and index.dtype == np.int32 and index.shape == (len(case.point),)
     named: dict[int, tuple[int, int, int]] = {}
     link = 0
