@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ditr_cache.datasets.base import Dataset
 from ditr_cache.errors import CacheError, DataError, MissingDataError
@@ -42,7 +43,7 @@ class Problem:
 
     Args:
         kind: `missing` (a file), `unreadable` (a file), or `implausible` (values that can hardly be meant).
-        sample, view: where; view is empty for a whole sample.
+        sample, view: where; view is empty for a whole sample, both are for more than one.
         text: what, and the remedy.
     """
 
@@ -101,7 +102,7 @@ class CheckReport:
             found = [p for p in self.problems if p.kind == kind]
             for problem in found[:shown]:
                 where = f"{problem.sample} view {problem.view}" if problem.view else problem.sample
-                yield f"{kind}: {where}: {problem.text}"
+                yield f"{kind}: {where}: {problem.text}" if where else f"{kind}: {problem.text}"
             if len(found) > shown:
                 yield f"{kind}: and {len(found) - shown} more (all with --json)"
         yield "no problems" if not counts else ", ".join(f"{n} {kind}" for kind, n in counts.items())
@@ -130,7 +131,11 @@ def check(
     report = CheckReport(dataset=dataset.name, root=str(dataset.root), classes=len(dataset.classes))
     ids = []
     for split in dataset.splits:
-        of_split = dataset.sample_ids(split)
+        try:
+            of_split = dataset.sample_ids(split)
+        except MissingDataError as error:  # other splits may be complete
+            report.problems.append(_problem(error, ""))
+            continue
         report.splits[split] = len(of_split)
         ids += list(of_split)
     spread = np.linspace(0, len(ids) - 1, LOADED_SAMPLES).round().astype(int).tolist() if ids else []
@@ -162,7 +167,7 @@ def _problem(error: CacheError, sample: str, view: str = "") -> Problem:
 def _describe(report: CheckReport, sample: Sample, links: LinkSettings) -> None:
     """Count the frames of a sample and judge its poses and intrinsics."""
     report.samples += 1
-    report.views += len(sample.views) + len(sample.broken_views)
+    report.views += len(sample.views) + sum(bool(view) for view, _ in sample.broken_views)
     report.posed += sum(bool(np.isfinite(v.camera_from_world).all()) for v in sample.views)
     used = select_views(sample, links)
     report.used += len(used)
@@ -251,7 +256,7 @@ class _Content:
                 continue
             report.loaded_images += 1
             seen[links.point] = True
-            self._keep_best(sample, view, points, order, links)
+            self._keep_best(sample, view, image, points, order, links)
         self._seen += int(seen.sum())
         if views and not seen.any():
             report.problems.append(
@@ -301,14 +306,22 @@ class _Content:
                 )
                 return
 
-    def _keep_best(self, sample: Sample, view: View, points: Points, order: np.ndarray, links: Links) -> None:
+    def _keep_best(
+        self,
+        sample: Sample,
+        view: View,
+        image: NDArray[np.uint8],
+        points: Points,
+        order: NDArray[np.int64],
+        links: Links,
+    ) -> None:
         if len(links.point) <= self._most_links:
             return
         self._most_links = len(links.point)
         segment = None if points.segment is None else points.segment[order[links.point]]
         self.overlay = Overlay(
             title=f"{self._report.dataset}  {sample.id}  view {view.id}  {len(links.point)} points",
-            image=view.load_image(),
+            image=image,
             uv=links.uv,
             depth=links.depth.astype(np.float32),
             segment=segment,

@@ -16,7 +16,7 @@ from ditr_cache.errors import CacheError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _ImageSize(click.ParamType[tuple[int, int]]):
+class _ImageSize(click.ParamType):
     name = "HxW"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
@@ -197,7 +197,12 @@ def datasets(as_json: bool) -> None:
 @cli.command()
 @dataset_options
 @click.option("--deep", is_flag=True, help="Read all points, images and depth maps, not just a few.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="PNG file to write: points drawn over an image.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="PNG file to write: points drawn over an image.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 def check(dataset: str, root: Path, options: tuple[str, ...], deep: bool, out: Path | None, as_json: bool) -> None:
     """Inspect a download before hours are spent on it: counts, missing or unreadable files, poses, intrinsics."""

@@ -8,7 +8,8 @@ and exit with `exit_code`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class CacheError(Exception):
@@ -35,7 +36,7 @@ class UnknownNameError(CacheError, KeyError):
         if near:
             hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
         elif names:
-            hint = "known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            hint = "known: " + shortened(names, 12)
         else:
             hint = "there are none"
         stop = "" if hint.endswith("?") else "."
@@ -82,3 +83,17 @@ class MismatchError(CacheError, ValueError):
 
 class FormatVersionError(CacheError, ValueError):
     """A cache written by a newer version of the format than this code reads."""
+
+
+@contextmanager
+def errors_at(where: object, remedy: str = "") -> Iterator[None]:
+    """Puts the place, and perhaps the remedy, to every `DataError` of the block that cannot know them."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{where}: {error}" + (f"; {remedy}" if remedy else "")) from error
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """The first few of perhaps many names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ditr_cache.datasets.base import Dataset, Partition, changed_options, open_dataset, partitions
-from ditr_cache.errors import MissingDataError
+from ditr_cache.errors import MissingDataError, UsageError
 from ditr_cache.executors import run_here, run_on_dask
 from ditr_cache.files import Paths, local_path, read_document, remove_leftovers
 from ditr_cache.partition import ExtractSettings, PartitionWorker, committed, reused_summary
@@ -55,6 +55,11 @@ def resolve(request: ExtractRequest) -> tuple[Dataset, list[Partition], CacheMet
         links = replace(read_document(existing, CacheMetadata).links, **request.links)  # type: ignore[arg-type]
     except MissingDataError:
         links = replace(dataset.defaults.links, **request.links)  # type: ignore[arg-type]
+    if links.depth_max is not None and links.depth_max <= links.depth_min:
+        raise UsageError(
+            f"no point is both nearer than --depth-max {links.depth_max:g} and farther than --depth-min "
+            f"{links.depth_min:g}; one that was not given is the cache's or the dataset's"
+        )
     metadata = CacheMetadata(
         dataset=dataset.name,
         class_names=tuple(c.name for c in dataset.classes),

@@ -113,7 +113,9 @@ def pixel_rays(camera: Camera) -> NDArray[np.float64]:
 def undistort(
     x: NDArray[np.float64], y: NDArray[np.float64], camera: Camera
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Inverse of `distort`: Newton's method, or a table of the angle for `fisheye`; NaN where there is none."""
+    """Inverse of `distort`: a table of the angle for `fisheye`, or of the radius and then Newton's method; NaN where
+    there is none.
+    """
     if camera.model == "pinhole":
         return x, y
     if camera.model == "fisheye":  # one dimension: a table of the angle is exact to its step, and always there
@@ -124,6 +126,12 @@ def undistort(
         factor = np.where(bent > 0, np.tan(angle) / np.where(bent > 0, bent, 1), 1.0)
         return x * factor, y * factor
     goal_x, goal_y, step = x, y, 1e-7
+    # Without a start close by, and a bound, Newton's method leaves the part of the lens that sees.
+    limit = 0.9999 * min(_lens_limit(camera.model, camera.distortion), 30.0)
+    radius, bent = np.linspace(0, limit, 20_000), np.hypot(x, y)
+    start = np.interp(bent, radius * _radial(radius * radius, camera.distortion), radius)
+    factor = np.where(bent > 0, start / np.where(bent > 0, bent, 1), 1.0)
+    x, y = x * factor, y * factor
     for _ in range(20):
         at_x, at_y = distort(x, y, camera)
         (ax, ay), (bx, by) = distort(x + step, y, camera), distort(x, y + step, camera)
@@ -132,7 +140,11 @@ def undistort(
         off_x, off_y = goal_x - at_x, goal_y - at_y
         x = x + (d * off_x - b * off_y) / determinant
         y = y + (a * off_y - c * off_x) / determinant
-    return x, y
+        factor = limit / np.maximum(np.hypot(x, y), limit)
+        x, y = x * factor, y * factor
+    at_x, at_y = distort(x, y, camera)
+    lost = ~(np.hypot(goal_x - at_x, goal_y - at_y) < 1e-8)
+    return np.where(lost, np.nan, x), np.where(lost, np.nan, y)
 
 
 def inside(u: NDArray[np.float64], v: NDArray[np.float64], camera: Camera) -> NDArray[np.bool_]:

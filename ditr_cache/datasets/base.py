@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import colorsys
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +29,12 @@ class ClassInfo:
     name: str
     color: tuple[int, int, int]
     group: str = ""
+
+
+def distinct_color(number: int) -> tuple[int, int, int]:
+    """A colour for a class without one: golden-ratio steps around the hues, in rings of different brightness."""
+    rgb = colorsys.hsv_to_rgb(number * 0.618034 % 1, (0.85, 0.5, 0.65)[number % 3], (0.95, 0.8, 0.6)[number % 3])
+    return round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,8 @@ class Dataset(ABC):
     """A dataset in its official layout below `root`.
 
     Construction checks the layout and raises `MissingDataError` naming the file that is missing; it lists samples but
-    opens none. Instances are cheap to build, so every worker builds its own. Options are keywords of the constructor.
+    opens none. Instances are cheap to build, so every worker builds its own. Options are keywords of the constructor,
+    which sets `root` and `ids`.
     """
 
     name: ClassVar[str]
@@ -140,28 +149,52 @@ class Dataset(ABC):
     release: ClassVar[Release | None] = None
     """Size of the whole release; None where everybody's data are of another size."""
     root: Path
+    ids: Mapping[str, Sequence[str]]
+    """Split -> ids of its samples, in the order in which a run goes through them."""
 
     @property
     @abstractmethod
     def classes(self) -> tuple[ClassInfo, ...]:
         """Classes by label index; empty where the dataset has no labels."""
 
-    @property
-    @abstractmethod
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits, in the order in which `sample_ids` goes through them."""
-
-    @abstractmethod
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Sorted ids of one split. Raises `UnknownNameError` for an unknown split."""
-
     @abstractmethod
     def read(self, sample_id: str) -> Sample:
-        """One sample; pixels and points are loaded only when asked for."""
+        """One sample; pixels and points are loaded only when asked for. Raises `UnknownNameError` for an unknown id."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self.ids)
+
+    def sample_ids(self, split: str) -> Sequence[str]:
+        """Ids of one split. Raises `UnknownNameError` for an unknown split."""
+        if split not in self.splits:
+            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self.splits)
+        return self.ids[split]
+
+    def split_of(self, sample_id: str) -> str:
+        """The split that holds a sample. Raises `UnknownNameError` for an unknown id."""
+        if sample_id not in self._split_of_sample:
+            raise self.unknown_sample(sample_id, self._split_of_sample)
+        return self._split_of_sample[sample_id]
+
+    @cached_property
+    def _split_of_sample(self) -> dict[str, str]:
+        return {sample_id: split for split, ids in self.ids.items() for sample_id in ids}
+
+    def unknown_sample(self, sample_id: str, known: Iterable[str]) -> UnknownNameError:
+        """The error for an id that is not one of the `known` ones."""
+        return UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, known)
 
     def sequence(self, sample_id: str) -> str:
         """The drive or scene that a sample belongs to: partitions hold consecutive samples of one of them."""
         return sample_id
+
+
+def ids_by_split(split_of: Mapping[str, str], splits: Iterable[str]) -> dict[str, list[str]]:
+    """Split -> sorted ids, of those of the `splits` that have any."""
+    ids = {split: sorted(i for i, of in split_of.items() if of == split) for split in splits}
+    return {split: found for split, found in ids.items() if found}
 
 
 DATASETS: dict[str, str] = {

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.errors import DataError, MissingDataError, errors_at
 from ditr_cache.sample import Camera
 
 
@@ -146,7 +146,7 @@ def camera_of(model: str, parameters: Sequence[float], *, width: int, height: in
     if len(parameters) != known.parameters:
         raise DataError(f"{where}: camera model {model} has {known.parameters} parameters, got {len(parameters)}")
     focals, (cx, cy, *k) = parameters[: known.focals], parameters[known.focals :]
-    try:
+    with errors_at(where):
         if not focals:
             return Camera.panorama(width=width, height=height)
         return Camera(
@@ -159,8 +159,6 @@ def camera_of(model: str, parameters: Sequence[float], *, width: int, height: in
             model=known.model,
             distortion=known.distortion(tuple(float(x) for x in k)),
         )
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
 
 
 _SUFFIXES = ("bin", "txt")

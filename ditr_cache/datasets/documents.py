@@ -45,10 +45,9 @@ def read_lines(path: Path, remedy: str) -> list[str]:
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """A JSON object. Raises as `read_text`, and `DataError` where the file holds anything else."""
+    text = read_text(path, remedy)
     try:
-        document = json.loads(read_text(path, remedy))
-    except DataError:
-        raise
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); the file is truncated or damaged; {remedy}") from error
     if not isinstance(document, dict):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ditr_cache.datasets.images import image_size
-from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.errors import DataError, MissingDataError, errors_at
 from ditr_cache.sample import Camera
 
 _RIGID_TOLERANCE = 0.02  # rotations written with three digits still pass, a scaled or zero matrix does not
@@ -91,10 +91,8 @@ def read_pose(path: Path) -> NDArray[np.float64]:
         DataError: not a matrix, or not a rigid motion.
     """
     matrix = read_matrix(path)
-    try:
+    with errors_at(path):
         return invert_pose(matrix)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def check_principal_point(camera: Camera, where: str) -> Camera:

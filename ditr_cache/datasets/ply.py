@@ -1,6 +1,6 @@
 """PLY meshes and point clouds: ASCII and binary of either byte order, any properties in any order.
 
-Format: Greg Turk, "The PLY Polygon File Format" (1994). An ASCII body is turned into one array of float64 values and
+An ASCII body is turned into one array of float64 values and
 then goes through the same decoder as a binary one.
 """
 
@@ -9,28 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.errors import DataError, MissingDataError, UsageError
+from ditr_cache.pointcloud.ply_header import BYTE_ORDERS, PlyElement, PlyProperty, read_header
 
-_TYPES = {
-    **dict.fromkeys(("char", "int8"), "i1"),
-    **dict.fromkeys(("uchar", "uint8"), "u1"),
-    **dict.fromkeys(("short", "int16"), "i2"),
-    **dict.fromkeys(("ushort", "uint16"), "u2"),
-    **dict.fromkeys(("int", "int32"), "i4"),
-    **dict.fromkeys(("uint", "uint32"), "u4"),
-    **dict.fromkeys(("float", "float32"), "f4"),
-    **dict.fromkeys(("double", "float64"), "f8"),
-}
 _NAMES = {"i1": "char", "u1": "uchar", "i2": "short", "u2": "ushort", "i4": "int", "u4": "uint", "f4": "float"} | {
     "f8": "double"
 }
 _FACE_PROPERTIES = ("vertex_indices", "vertex_index")
-_MAX_HEADER_LINE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,20 +41,6 @@ class Ply:
         return len(next(iter(self.vertices.values()), ()))
 
 
-@dataclass(frozen=True)
-class _Property:
-    name: str
-    dtype: str
-    count_dtype: str | None = None  # None: a scalar
-
-
-@dataclass
-class _Element:
-    name: str
-    count: int
-    properties: list[_Property]
-
-
 @dataclass
 class _Rows:
     """Rows of one element that have the same list lengths: row numbers, and a structured array of their content."""
@@ -83,7 +59,7 @@ def read_ply(path: str | Path) -> Ply:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            encoding, elements = _read_header(file, path)
+            encoding, elements = read_header(file, path)
             body = file.read()
     except FileNotFoundError as error:
         raise MissingDataError(f"{path}: no such file") from error
@@ -91,9 +67,8 @@ def read_ply(path: str | Path) -> Ply:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
     if encoding == "ascii":
-        body, byte_order = _parse_ascii(body, path), "="
-    else:
-        byte_order = "<" if encoding == "binary_little_endian" else ">"
+        body = _parse_ascii(body, path)
+    byte_order = BYTE_ORDERS[encoding]
 
     vertices: dict[str, NDArray[Any]] | None = None
     faces = None
@@ -154,42 +129,6 @@ def write_ply(path: str | Path, vertices: Mapping[str, NDArray[Any]], faces: NDA
     Path(path).write_bytes("\n".join([*header, "end_header\n"]).encode("ascii") + b"".join(parts))
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[str, list[_Element]]:
-    if file.readline(16).strip() != b"ply":
-        raise DataError(f"{path}: not a PLY file, expected the first line 'ply'")
-    encoding = ""
-    elements: list[_Element] = []
-    while True:
-        raw = file.readline(_MAX_HEADER_LINE)
-        if not raw.endswith(b"\n"):
-            raise DataError(f"{path}: the PLY header ends without 'end_header'; the file is truncated")
-        words = raw.decode("latin-1").split()
-        match words:
-            case [] | ["comment" | "obj_info", *_]:
-                continue
-            case ["end_header"]:
-                break
-            case ["format", "ascii" | "binary_little_endian" | "binary_big_endian" as encoding, "1.0"]:
-                continue
-            case ["element", name, count] if count.isdecimal():
-                elements.append(_Element(name, int(count), []))
-            case ["property", "list", count_type, type_, name] if (
-                elements and type_ in _TYPES and _TYPES.get(count_type, "f")[0] != "f"
-            ):
-                elements[-1].properties.append(_Property(name, _TYPES[type_], _TYPES[count_type]))
-            case ["property", type_, name] if elements and type_ in _TYPES:
-                elements[-1].properties.append(_Property(name, _TYPES[type_]))
-            case _:
-                raise DataError(f"{path}: PLY header line not understood: {' '.join(words)!r}")
-    if not encoding:
-        raise DataError(f"{path}: the PLY header has no line 'format'")
-    for element in elements:
-        names = [p.name for p in element.properties]
-        if len(set(names)) != len(names):
-            raise DataError(f"{path}: element {element.name!r} has a property twice: {names}")
-    return encoding, elements
-
-
 def _parse_ascii(body: bytes, path: Path) -> bytes:
     """All values of an ASCII body as the bytes of a native float64 array (exact for every type that PLY has)."""
     try:
@@ -199,7 +138,7 @@ def _parse_ascii(body: bytes, path: Path) -> bytes:
 
 
 def _decode(
-    body: bytes, offset: int, element: _Element, byte_order: str, *, ascii_body: bool, path: Path
+    body: bytes, offset: int, element: PlyElement, byte_order: str, *, ascii_body: bool, path: Path
 ) -> tuple[list[_Rows], int]:
     """Rows of `element`, which starts at `offset`, grouped by list lengths; and where the next element starts."""
     unit, unit_name = (8, "values") if ascii_body else (1, "bytes")
@@ -257,7 +196,9 @@ def _decode(
     return groups, position
 
 
-def _row_lengths(body: bytes, start: int, element: _Element, row_dtype: Any, path: Path) -> tuple[tuple[int, ...], int]:
+def _row_lengths(
+    body: bytes, start: int, element: PlyElement, row_dtype: Any, path: Path
+) -> tuple[tuple[int, ...], int]:
     """Lengths of the lists of the row at `start`, and where the row ends (perhaps behind the end of `body`)."""
     num_lists = sum(p.count_dtype is not None for p in element.properties)
     names = [f"count {p.name}" for p in element.properties if p.count_dtype]
@@ -275,7 +216,7 @@ def _row_lengths(body: bytes, start: int, element: _Element, row_dtype: Any, pat
     return tuple(lengths), start + row_dtype(tuple(lengths)).itemsize
 
 
-def _scalars(groups: list[_Rows], prop: _Property, count: int, path: Path) -> NDArray[Any]:
+def _scalars(groups: list[_Rows], prop: PlyProperty, count: int, path: Path) -> NDArray[Any]:
     """[count] values of a scalar property in row order, in the property's own type and native byte order."""
     values = np.empty(count, dtype=groups[0].data.dtype[prop.name].newbyteorder("="))
     for group in groups:
@@ -283,7 +224,7 @@ def _scalars(groups: list[_Rows], prop: _Property, count: int, path: Path) -> ND
     return _as_type(values, prop, path)
 
 
-def _as_type(values: NDArray[Any], prop: _Property, path: Path) -> NDArray[Any]:
+def _as_type(values: NDArray[Any], prop: PlyProperty, path: Path) -> NDArray[Any]:
     dtype = np.dtype(prop.dtype)
     if values.dtype == dtype:
         return values
@@ -298,7 +239,7 @@ def _as_type(values: NDArray[Any], prop: _Property, path: Path) -> NDArray[Any]:
         return values.astype(dtype)
 
 
-def _triangles(groups: list[_Rows], element: _Element, path: Path) -> NDArray[np.int32]:
+def _triangles(groups: list[_Rows], element: PlyElement, path: Path) -> NDArray[np.int32]:
     """[F, 3] int32 in file order: a polygon (a, b, c, d) becomes (a, b, c), (a, c, d)."""
     prop = next((p for p in element.properties if p.count_dtype and p.name in _FACE_PROPERTIES), None)
     if prop is None:

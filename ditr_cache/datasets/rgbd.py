@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ditr_cache.datasets.base import ClassInfo, Dataset, Need, Option
+from ditr_cache.datasets.base import ClassInfo, Dataset, Need, Option, ids_by_split
+from ditr_cache.datasets.captures import LEVELS, find_captures
+from ditr_cache.datasets.documents import read_lines
 from ditr_cache.datasets.frames import (
     check_principal_point,
     first_image_size,
@@ -38,7 +40,7 @@ from ditr_cache.datasets.frames import (
 )
 from ditr_cache.datasets.fusion import fuse_views
 from ditr_cache.datasets.images import read_color, read_depth
-from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
+from ditr_cache.errors import DataError, MissingDataError, errors_at, shortened
 from ditr_cache.sample import Camera, Sample, View
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +63,9 @@ DEPTH_INTRINSICS = ("depth-intrinsics.txt",)
 TRAJECTORIES = ("odometry.log", "trajectory.log")
 """Open3D's camera-to-world poses: a line of three integers and four lines of a matrix per frame."""
 
-_LEVELS = 3
+SPLITS = {"train": "TrainSplit.txt", "test": "TestSplit.txt"}
+"""Split -> 7-Scenes' list of its sequences. Captures without lists beside them are `train`."""
+
 _COLOR_SUFFIXES = (".jpg", ".jpeg", ".png")
 _SEVEN_SCENES_SIZE = (640, 480)
 _SEVEN_SCENES_MATRIX = np.array([[585.0, 0, 320], [0, 585, 240], [0, 0, 1]])  # of the dataset's own description
@@ -108,30 +112,19 @@ class RGBDDataset(Dataset):
         self.root = root
         self.voxel_size = voxel_size
         self.depth_range = depth_range
-        self._captures = {_sample_id(folder, root): folder for folder in _find_captures(root, _LEVELS)}
+        self._captures = find_captures(root, _is_capture)
         if not self._captures:
             raise MissingDataError(
-                f"dataset {self.name!r}: no capture at {str(root)!r} or up to {_LEVELS} levels below; expected files "
+                f"dataset {self.name!r}: no capture at {str(root)!r} or up to {LEVELS} levels below; expected files "
                 "frame-000000.color.png, frame-000000.depth.png, frame-000000.pose.txt (7-Scenes), or folders color "
                 f"and depth with a file {' or '.join(TRAJECTORIES)} (Open3D)"
             )
-        self._split_of = self._read_splits()
+        self.ids = ids_by_split(self._read_splits(), SPLITS)
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         """No classes: these captures have no labels."""
         return ()
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """`train`, and `test` where 7-Scenes' `TestSplit.txt` is there."""
-        return tuple(split for split in ("train", "test") if split in self._split_of.values())
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Sorted ids of the captures of one split. Raises `UnknownNameError` for an unknown split."""
-        if split not in self.splits:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self.splits)
-        return sorted(i for i, s in self._split_of.items() if s == split)
 
     def read(self, sample_id: str) -> Sample:
         """One capture; images and depth are read only when asked for.
@@ -144,8 +137,7 @@ class RGBDDataset(Dataset):
             MissingDataError: no poses or no intrinsics.
             DataError: poses or intrinsics that cannot be used.
         """
-        if sample_id not in self._split_of:
-            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._split_of)
+        split = self.split_of(sample_id)
         folder = self._captures[sample_id]
         layout = "7-Scenes" if _is_seven_scenes(folder) else "Open3D"
         broken: list[tuple[str, str]] = []
@@ -176,7 +168,7 @@ class RGBDDataset(Dataset):
             )
         return Sample(
             id=sample_id,
-            split=self._split_of[sample_id],
+            split=split,
             views=views,
             load_points=partial(
                 fuse_views, views, where=str(folder), voxel_size=self.voxel_size, depth_range=self.depth_range
@@ -189,10 +181,7 @@ class RGBDDataset(Dataset):
         split_of: dict[str, str] = {}
         unlisted = []
         for sample_id, folder in self._captures.items():
-            lists = {
-                split: folder.parent / name for split, name in (("train", "TrainSplit.txt"), ("test", "TestSplit.txt"))
-            }
-            lists = {split: path for split, path in lists.items() if path.is_file()}
+            lists = {split: path for split in SPLITS if (path := folder.parent / SPLITS[split]).is_file()}
             if not lists or folder == self.root:
                 split_of[sample_id] = "train"
                 continue
@@ -207,32 +196,21 @@ class RGBDDataset(Dataset):
                 "dataset %r: %d captures are in neither TrainSplit.txt nor TestSplit.txt and are left out: %s",
                 self.name,
                 len(unlisted),
-                ", ".join(unlisted[:5]) + (", ..." if len(unlisted) > 5 else ""),
+                shortened(unlisted),
             )
         return split_of
 
 
-def _find_captures(folder: Path, levels: int) -> Iterator[Path]:
-    if _is_seven_scenes(folder) or ((folder / "color").is_dir() and (folder / "depth").is_dir()):
-        yield folder
-    elif levels:
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _find_captures(child, levels - 1)
+def _is_capture(folder: Path) -> bool:
+    return _is_seven_scenes(folder) or ((folder / "color").is_dir() and (folder / "depth").is_dir())
 
 
 def _is_seven_scenes(folder: Path) -> bool:
     return next(folder.glob("frame-*.color.*"), None) is not None
 
 
-def _sample_id(folder: Path, root: Path) -> str:
-    return root.resolve().name if folder == root else folder.relative_to(root).as_posix()
-
-
 def _read_sequences(path: Path) -> set[int | None]:
-    return {
-        frame_number(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-    }
+    return {frame_number(line) for line in read_lines(path, "get 7-Scenes' list again")}
 
 
 def _seven_scenes_frames(folder: Path) -> Iterator[_Frame]:
@@ -307,10 +285,9 @@ def _nearest(folder: Path, root: Path, names: Iterable[str]) -> Path | None:
 def _read_camera(path: Path, size: tuple[int, int]) -> Camera:
     """Camera of images of (width, height) `size` from a matrix file or Open3D's JSON."""
     if path.suffix != ".json":
-        try:
-            camera = Camera.from_matrix(read_matrix(path), width=size[0], height=size[1])
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+        matrix = read_matrix(path)
+        with errors_at(path):
+            camera = Camera.from_matrix(matrix, width=size[0], height=size[1])
         return check_principal_point(camera, str(path))
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

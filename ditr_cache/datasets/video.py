@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.images import MAX_PIXELS
-from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.errors import DataError, MissingDataError, errors_at
 from ditr_cache.pointcloud.optional import require
 
 _OPEN_VIDEOS = 2  # that of the scene at work, and that of the next one
@@ -48,12 +48,10 @@ def read_video_frame(path: Path, number: int, *, size: tuple[int, int], where: s
         raise MissingDataError(f"{where}: no such file {path}") from error
     except OSError as error:
         raise DataError(f"{where}: {path} cannot be read ({error})") from error
-    try:
+    with errors_at(where):
         with _opening:  # one thread looks through a new video, the others wait for it
             video = _opened(path, stat.st_mtime_ns, stat.st_size)
         return video.read(number, size)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
 
 
 def require_video() -> Any:

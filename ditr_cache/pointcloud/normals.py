@@ -13,6 +13,7 @@ NEIGHBOURS = 16
 """Points, itself included, that a point's plane is fitted to."""
 
 _AT_ONCE = 2**15
+_VOXEL = 0.02  # metres: of scans, normals are of the points that the recipes keep
 
 
 def estimate_normals(
@@ -46,3 +47,28 @@ def estimate_normals(
         found[(found * towards).sum(axis=1) < 0] *= -1
         normal[start : start + _AT_ONCE] = found
     return normal
+
+
+def estimate_scan_normals(coord: NDArray[np.float64], viewpoints: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[N, 3] float32 unit normals of the surface through the points of each voxel of 2 cm.
+
+    Args:
+        coord: [N, 3] metres, at least one point.
+        viewpoints: [K, 3] places of the scanner or the cameras: the normals look towards the nearest, or towards the
+            middle of the points where there is none.
+
+    Raises:
+        UsageError: scipy is not installed.
+    """
+    low, high = coord.min(axis=0), coord.max(axis=0)
+    cell = np.floor((coord - low) / _VOXEL).astype(np.int64)
+    sides = cell.max(axis=0) + 1
+    key = (cell[:, 0] * sides[1] + cell[:, 1]) * sides[2] + cell[:, 2]
+    _, inverse, count = np.unique(key, return_inverse=True, return_counts=True)
+    mean = np.stack([np.bincount(inverse, (coord - low)[:, axis]) / count for axis in range(3)], axis=1)
+    normal = estimate_normals(mean.astype(np.float32))
+    scanners = viewpoints if len(viewpoints) else ((low + high) / 2)[None]
+    _, nearest = require("scipy.spatial", "estimated normals").cKDTree(scanners - low).query(mean)
+    away = np.einsum("nc,nc->n", normal, (scanners - low)[nearest] - mean) < 0
+    normal[away] *= -1
+    return normal[inverse]

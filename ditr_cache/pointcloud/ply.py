@@ -1,13 +1,12 @@
 """PLY: ASCII and binary of either byte order, vertices read in chunks; other elements are skipped.
 
-Format: Greg Turk, "The PLY Polygon File Format" (1994). The libraries that read PLY hold a whole file (plyfile maps
+The libraries that read PLY hold a whole file (plyfile maps
 binary vertices, but reads ASCII files and lists, so the faces of a mesh, into Python objects).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,37 +16,7 @@ from numpy.typing import NDArray
 
 from ditr_cache.errors import DataError
 from ditr_cache.pointcloud.cloud import Chunk, Columns, PointCloud
-
-_TYPES = {
-    **dict.fromkeys(("char", "int8"), "i1"),
-    **dict.fromkeys(("uchar", "uint8"), "u1"),
-    **dict.fromkeys(("short", "int16"), "i2"),
-    **dict.fromkeys(("ushort", "uint16"), "u2"),
-    **dict.fromkeys(("int", "int32"), "i4"),
-    **dict.fromkeys(("uint", "uint32"), "u4"),
-    **dict.fromkeys(("float", "float32"), "f4"),
-    **dict.fromkeys(("double", "float64"), "f8"),
-}
-_ORDERS = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}
-_MAX_HEADER_LINE = 4096
-
-
-@dataclass(frozen=True)
-class _Property:
-    name: str
-    dtype: str
-    count_dtype: str | None = None  # None: a scalar
-
-
-@dataclass(frozen=True)
-class _Element:
-    name: str
-    count: int
-    properties: list[_Property] = field(default_factory=list)
-
-    def dtype(self, order: str) -> np.dtype[Any]:
-        """Of one row of scalars."""
-        return np.dtype([(p.name, order + p.dtype) for p in self.properties])
+from ditr_cache.pointcloud.ply_header import BYTE_ORDERS, PlyElement, PlyProperty, read_header
 
 
 class PlyCloud(PointCloud):
@@ -61,7 +30,7 @@ class PlyCloud(PointCloud):
 
     def __init__(self, path: Path, *, labels: bool = False) -> None:
         with path.open("rb") as file:
-            self._encoding, elements = _read_header(file, path)
+            self._encoding, elements = read_header(file, path)
             names = [e.name for e in elements]
             if "vertex" not in names:
                 raise DataError(
@@ -74,7 +43,7 @@ class PlyCloud(PointCloud):
                     f"{path}: vertices with a list ({', '.join(lists)}) cannot be read; remove this property"
                 )
             self._columns = Columns({p.name: np.dtype(p.dtype) for p in self._vertex.properties}, path, labels=labels)
-            self._order = _ORDERS[self._encoding]
+            self._order = BYTE_ORDERS[self._encoding]
             for element in elements[: names.index("vertex")]:
                 _skip(file, element, self._encoding, path)
             self._start = file.tell()
@@ -102,7 +71,7 @@ class PlyCloud(PointCloud):
         return {p.name: _as_type(values[:, i], p, self.path) for i, p in properties if p.name in used}
 
 
-def _as_type(values: NDArray[np.float64], prop: _Property, path: Path) -> NDArray[Any]:
+def _as_type(values: NDArray[np.float64], prop: PlyProperty, path: Path) -> NDArray[Any]:
     dtype = np.dtype(prop.dtype)
     if dtype.kind != "f":
         info = np.iinfo(dtype)
@@ -113,50 +82,14 @@ def _as_type(values: NDArray[np.float64], prop: _Property, path: Path) -> NDArra
         return values.astype(dtype)
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[str, list[_Element]]:
-    if file.readline(16).strip() != b"ply":
-        raise DataError(f"{path}: not a PLY file, expected the first line 'ply'")
-    encoding = ""
-    elements: list[_Element] = []
-    while True:
-        raw = file.readline(_MAX_HEADER_LINE)
-        if not raw.endswith(b"\n"):
-            raise DataError(f"{path}: the PLY header ends without 'end_header'; the file is truncated, get it again")
-        words = raw.decode("latin-1").split()
-        match words:
-            case [] | ["comment" | "obj_info", *_]:
-                continue
-            case ["end_header"]:
-                break
-            case ["format", "ascii" | "binary_little_endian" | "binary_big_endian" as encoding, "1.0"]:
-                continue
-            case ["element", name, count] if count.isdecimal():
-                elements.append(_Element(name, int(count)))
-            case ["property", "list", count_type, type_, name] if (
-                elements and type_ in _TYPES and _TYPES.get(count_type, "f")[0] != "f"
-            ):
-                elements[-1].properties.append(_Property(name, _TYPES[type_], _TYPES[count_type]))
-            case ["property", type_, name] if elements and type_ in _TYPES:
-                elements[-1].properties.append(_Property(name, _TYPES[type_]))
-            case _:
-                raise DataError(f"{path}: PLY header line not understood: {' '.join(words)!r}")
-    if not encoding:
-        raise DataError(f"{path}: the PLY header has no line 'format'")
-    for element in elements:
-        names = [p.name for p in element.properties]
-        if len(set(names)) != len(names):
-            raise DataError(f"{path}: element {element.name!r} has a property twice: {names}")
-    return encoding, elements
-
-
-def _skip(file: BinaryIO, element: _Element, encoding: str, path: Path) -> None:
+def _skip(file: BinaryIO, element: PlyElement, encoding: str, path: Path) -> None:
     """Go past an element that lies before the vertices."""
     cut = DataError(f"{path}: the file ends within the element {element.name!r}; it is truncated, get it again")
     if encoding == "ascii":
         if sum(1 for _ in islice(filter(bytes.strip, file), element.count)) < element.count:
             raise cut
         return
-    order = _ORDERS[encoding]
+    order = BYTE_ORDERS[encoding]
     if not any(p.count_dtype for p in element.properties):
         file.seek(element.dtype(order).itemsize * element.count, 1)
         return

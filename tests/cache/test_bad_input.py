@@ -379,9 +379,12 @@ def test_zero_views(extract: Run, run: Run, root: Path, cache: Path, tmp_path: P
 
 
 def test_no_frames_at_all(extract: Run, root: Path, cache: Path) -> None:
+    """The points are kept, without features, and the file that is missing is named."""
     for kind in ("color", "depth", "pose", "intrinsic"):
         shutil.rmtree(root / "scans" / BAD / kind)
-    sample_failed(extract(), cache, root / "scans" / BAD, ".sens")
+    outcome = extract()
+    nothing_seen(outcome, cache)
+    assert f"{BAD}.sens" in outcome.json["failures"][0]["error"]
 
 
 def test_all_points_invisible(extract: Run, root: Path, cache: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import world as bed
 from ditr_cache.datasets.fusion import back_project
 from ditr_cache.errors import DataError
-from ditr_cache.geometry import FRACTION_STEPS, depth_of, pixel_rays, project, to_camera
+from ditr_cache.geometry import FRACTION_STEPS, depth_of, distort, pixel_rays, project, to_camera, undistort
 from ditr_cache.link import link_view
 from ditr_cache.sample import Camera, Projection, View
 from ditr_cache.schema import LinkSettings
@@ -95,6 +95,17 @@ def test_beyond_the_fold_of_the_lens_nothing_is_seen(name):
     points = np.stack([np.tan(angle), np.zeros(3), np.ones(3)], axis=1)
     u, _ = project(points, camera)
     assert np.isfinite(u[0]) and np.isnan(u[1:]).all()
+
+
+@pytest.mark.parametrize("k", [(0.44, -0.06, 0.002, -0.003, -0.023), (-0.35, 0.05, 0.004, 0.002, 0.002)])
+def test_rays_reach_all_that_a_strong_lens_shows(k):
+    """Far out a distorted place is no start for its own inverse: it may lie beyond the fold of the lens."""
+    camera = Camera(**NUMBERS, model="radial_tangential", distortion=k)
+    radius, angle = np.meshgrid(np.linspace(0, 1.05, 50), np.linspace(0, 6, 20))
+    x, y = (radius * np.cos(angle)).ravel(), (radius * np.sin(angle)).ravel()
+    np.testing.assert_allclose(undistort(*distort(x, y, camera), camera), (x, y), atol=1e-6)
+    folded = replace(camera, distortion=(-0.5, 0.0, 0.0, 0.0))  # puts nothing beyond 0.55
+    assert np.isnan(undistort(np.array([0.6]), np.array([0.0]), folded)).all()
 
 
 def view(name: str, **changes) -> View:

@@ -60,18 +60,12 @@ class Download(Dataset):
 
     def __init__(self, root: Path = Path("/data"), **changes: Sample | Exception) -> None:
         self.root, self.changes = root, changes
+        self.ids = {"train": ["a", "b", "c", "d"], "val": ["e", "f"]}
         self.reads = 0
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         return tuple(ClassInfo(name, (10 * i, 200, 30)) for i, name in enumerate(bed.NAMES[:7]))
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return ("train", "val")
-
-    def sample_ids(self, split: str) -> list[str]:
-        return ["a", "b", "c", "d"] if split == "train" else ["e", "f"]
 
     def read(self, sample_id: str) -> Sample:
         found = self.changes.get(sample_id, right(sample_id))
@@ -163,6 +157,12 @@ def test_a_sample_without_views_or_points():
     assert "coverage 0" in report.problems[1].text
 
 
+def test_what_is_said_of_a_whole_sample_is_no_frame():
+    bare = replace(right("a"), views=(), broken_views=(("", "images: no such file"),))
+    report = check(Download(a=bare))
+    assert report.views == 20 and kinds(report)[0] == ("missing", "a", "")
+
+
 def test_no_overlay_where_nothing_is_seen(tmp_path):
     none = {name: replace(right(name), views=()) for name in "abcdef"}
     report = check(Download(**none), overlay=tmp_path / "o.png")
@@ -200,6 +200,8 @@ def test_the_command(run, monkeypatch, tmp_path):
     monkeypatch.setitem(base_module.DATASETS, "download", "test_check:Download")
     done = run("check", "--dataset", "download", "--root", str(tmp_path), "--json", "-o", str(tmp_path / "o.png"))
     assert done.code == 0 and json.loads(done.out)["samples"] == 6 and (tmp_path / "o.png").is_file()
+    done = run("check", "--dataset", "download", "--root", str(tmp_path), "-o", str(tmp_path))
+    assert done.code == 2 and "is a directory" in done.err
     done = run("check", "--dataset", "download", "--root", str(tmp_path / "none"))
     assert done.code == 2 and "is not a folder" in done.err
     done = run("check", "--dataset", "download", "--root", str(tmp_path), "--option", "views=none")

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "datasets"
 PUBLISHED = sorted(set(DATASETS) - {"rooms"})
 OUTDOORS = {"nuscenes", "semantickitti", "waymo"}
+CAPTURES = {"posed", "rgbd", "rooms"}
+"""Everybody's own data, of no known size."""
 
 sys.path.insert(0, str(ROOT / "pipelines"))
 import dataset_pages  # noqa: E402
@@ -58,6 +60,17 @@ def test_a_page_describes_it(name):
     for option in dataset_class(name).options:
         assert f"{option.name}=" in page or f"`{option.name}`" in page, option.name
     assert f"[{name}]({name}.md)" in (PAGES / "README.md").read_text()
+
+
+def test_every_release_has_a_size():
+    assert {name for name in DATASETS if dataset_class(name).release is None} == CAPTURES
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda p: p.stem)
+def test_a_page_has_no_section_but_the_estimate(page):
+    """What no script fills in stays empty, or goes out of date."""
+    filled = [f"<!-- {dataset_pages.SECTION} -->", f"<!-- end of {dataset_pages.SECTION} -->"]
+    assert re.findall("<!--.*?-->", page.read_text()) == (filled if page.stem in PUBLISHED else [])
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda p: p.stem)
@@ -123,18 +136,12 @@ class Drives(Dataset):
 
     def __init__(self, root: Path, *, views: str = "front", voxel_size: float = 0.02, returns: int = 1) -> None:
         self.root, self.views = root, views
+        drives = {"train": (("a", 130), ("b", 3)), "val": (("c", 1),)}
+        self.ids = {s: [f"{drive}/{i:06d}" for drive, count in d for i in range(count)] for s, d in drives.items()}
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         return ()
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return ("train", "val")
-
-    def sample_ids(self, split: str) -> list[str]:
-        drives = {"train": (("a", 130), ("b", 3)), "val": (("c", 1),)}[split]
-        return [f"{drive}/{i:06d}" for drive, count in drives for i in range(count)]
 
     def sequence(self, sample_id: str) -> str:
         return sample_id.split("/")[0]
@@ -165,6 +172,15 @@ def test_options_are_parsed_by_type_and_choice(drives):
 
 
 # --- partitions -----------------------------------------------------------------------------------------------------
+
+
+def test_unknown_splits_and_samples_are_named(drives):
+    dataset = Drives(drives)
+    assert dataset.splits == ("train", "val") and dataset.split_of("c/000000") == "val"
+    with pytest.raises(UnknownNameError, match=r"split of dataset 'drives' 'vol'.*did you mean 'val'"):
+        dataset.sample_ids("vol")
+    with pytest.raises(UnknownNameError, match=r"sample of dataset 'drives' 'b/00003'.*did you mean"):
+        dataset.split_of("b/00003")
 
 
 def test_partitions_hold_up_to_64_scans_of_one_drive(drives):

@@ -177,6 +177,12 @@ def test_link_settings_belong_to_the_cache(
     assert contents(tmp_path / "cache").keys() == before.keys()
 
 
+def test_an_empty_range_of_depth_is_refused_before_any_work(extract: Extract, tmp_path: Path) -> None:
+    code, _, error = extract("--depth-min", 2, "--depth-max", 1)
+    assert code == 2 and "nearer than --depth-max 1 and farther than --depth-min 2" in error
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_cache_belongs_to_one_dataset(extract: Extract) -> None:
     extract("--limit", 1)
     code, _, error = extract("--dataset", "scannet")

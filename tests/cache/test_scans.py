@@ -51,17 +51,11 @@ class Drive(Dataset):
     def __init__(self, root: Path, *, together: int = 4) -> None:
         self.root = root
         self.samples_per_partition = together  # type: ignore[misc]
+        self.ids = {"train": [f"00/{i:06d}" for i in self.scans]}
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         return tuple(ClassInfo(name, (1, 2, 3)) for name in bed.NAMES)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return ("train",)
-
-    def sample_ids(self, split: str) -> list[str]:
-        return [f"00/{i:06d}" for i in self.scans]
 
     def sequence(self, sample_id: str) -> str:
         return "00"
