@@ -1,5 +1,8 @@
 import importlib.resources
+import json
 import logging
+import re
+import shutil
 import struct
 import zlib
 
@@ -8,7 +11,8 @@ import pytest
 from PIL import Image
 
 from ditr_cache.datasets import open_dataset
-from ditr_cache.datasets.scannet.dataset import ScanNetDataset, vertex_normals
+from ditr_cache.datasets.meshes import vertex_normals
+from ditr_cache.datasets.scannet.dataset import ScanNetDataset
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.geometry import inside, project, to_camera
 from ditr_cache.sample import Camera
@@ -241,7 +245,6 @@ def test_infinite_poses_stay_as_views_without_pose(scan):
     [
         ("", "expected 9 or 16 numbers"),
         ("1 0 0 0 0 1 zero", "expected the numbers of a matrix"),
-        ("0 " * 16, "expected a rotation and a translation"),
         ("2 0 0 0 0 2 0 0 0 0 2 0 0 0 0 1", "expected a rotation and a translation"),
         ("-1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1", "expected a rotation and a translation"),
         ("1 0 0 0 1 0 0 0 1", "expected a 4x4 matrix"),
@@ -257,14 +260,31 @@ def test_unusable_pose_is_a_broken_view(scan, text, message):
     assert view_id == "2" and message in error and str(path) in error
 
 
-def test_zero_and_infinite_poses_in_a_sens_file(scan):
+def empty_color(scan):
     for frame in (scan / "color").iterdir():
         frame.unlink()
-    (scan / "color").rmdir()
-    write_sens(scan, [np.full((4, 4), -np.inf), np.zeros((4, 4)), np.eye(4)])
+
+
+def test_poses_in_a_sens_file_that_cannot_be_used(scan):
+    empty_color(scan)
+    write_sens(scan, [np.diag([1, 1, 2, 1]), -np.eye(4), np.eye(4)])
     sample = read(scan)
-    assert [(v.id, bool(np.isfinite(v.camera_from_world).all())) for v in sample.views] == [("0", False), ("2", True)]
-    assert sample.broken_views[0][0] == "1" and "frame 1" in sample.broken_views[0][1]
+    assert [v.id for v in sample.views] == ["2"]
+    assert [view for view, _ in sample.broken_views] == ["0", "1"] and "frame 1" in sample.broken_views[1][1]
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_zero_and_infinite_poses_are_lost_tracking(scan, exported):
+    poses = [np.full((4, 4), -np.inf), np.zeros((4, 4)), np.eye(4)]
+    if exported:
+        for number, pose in zip(FRAMES, poses, strict=True):
+            write_matrix(scan / "pose" / f"{number}.txt", pose)
+    else:
+        empty_color(scan)
+        write_sens(scan, poses)
+    sample = read(scan)
+    assert [bool(np.isfinite(v.camera_from_world).all()) for v in sample.views] == [False, False, True]
+    assert sample.broken_views == ()
 
 
 def test_frame_without_depth_is_broken(scan):
@@ -328,13 +348,28 @@ def test_two_files_of_one_frame(scan):
         read(scan)
 
 
-def test_no_frames_at_all(scan):
-    for path in (scan / "color").iterdir():
-        path.unlink()
-    assert read(scan).views == ()
-    (scan / "color").rmdir()
-    with pytest.raises(MissingDataError, match=r"no frames, expected scene0191_00\.sens .*--type \.sens"):
-        read(scan)
+def without_frames(sample):
+    """The points are kept, and the file that is missing is named once."""
+    assert sample.views == () and len(sample.load_points().coord) == 99
+    ((view, error),) = sample.broken_views
+    assert view == "" and re.search(r"scene0191_00\.sens: no such file, .*--type \.sens", error)
+
+
+def test_an_export_without_images_hides_no_sens_file(scan):
+    empty_color(scan)
+    (scan / "color" / "Thumbs.db").write_bytes(b"")
+    without_frames(read(scan))
+    write_sens(scan)
+    check_views(read(scan))
+    assert len(read(scan).views) == 3
+
+
+@pytest.mark.parametrize("left", [("color",), ("color", "depth", "pose", "intrinsic"), ("depth",)])
+def test_half_an_export_and_no_sens_file(scan, left):
+    empty_color(scan)
+    for name in {"color", "depth", "pose", "intrinsic"} - {*left}:
+        shutil.rmtree(scan / name)
+    without_frames(read(scan))
 
 
 # Intrinsics
@@ -404,6 +439,55 @@ def test_truncated_and_missing_mesh(scan, suffix):
     path.unlink()
     with pytest.raises(MissingDataError, match=f"no such file; download it .*--type {suffix}"):
         read(scan).load_points()
+
+
+# Instances
+
+
+def write_objects(scan, *, table=True):
+    """Every vertex is a segment; NYU40 ids as categories, each an object."""
+    groups = [
+        {"id": i, "label": f"thing {i}", "segments": (10 * np.flatnonzero(i == NYU40)).tolist()} for i in range(41)
+    ]
+    (scan / f"{SCAN}.aggregation.json").write_text(json.dumps({"segGroups": groups}))
+    segments = {"segIndices": (10 * np.arange(len(X))).tolist()}
+    (scan / f"{SCAN}_vh_clean_2.0.010000.segs.json").write_text(json.dumps(segments))
+    if table:
+        rows = [f"{1000 + i}\tthing {i}\t{i}\n" for i in range(41)]
+        (scan.parents[1] / "scannetv2-labels.combined.tsv").write_text("id\traw_category\tnyu40id\n" + "".join(rows))
+
+
+def test_objects_give_instances_and_the_same_labels(scan, caplog):
+    by_vertex = read(scan).load_points()
+    write_objects(scan)
+    caplog.clear()
+    (scan / f"{SCAN}_vh_clean_2.labels.ply").unlink()  # it is not needed then
+    by_object = read(scan).load_points()
+    assert by_vertex.instance is None and by_object.instance.tolist() == NYU40.tolist()
+    np.testing.assert_array_equal(by_object.segment, by_vertex.segment)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("missing", [".aggregation.json", "_vh_clean_2.0.010000.segs.json", "table"])
+def test_without_a_file_of_the_objects_there_are_no_instances_and_it_says_so_once(scan, missing, caplog):
+    write_objects(scan, table=missing != "table")
+    (scan / f"{SCAN}{missing}").unlink(missing_ok=True)
+    dataset = ScanNetDataset(scan.parents[1])
+    with caplog.at_level(logging.WARNING):
+        points = dataset.read(SCAN).load_points()
+        dataset.read(SCAN)
+    assert points.instance is None and (points.segment >= 0).any()
+    (said,) = (record.getMessage() for record in caplog.records)
+    expected = scan.parents[1] / "scannetv2-labels.combined.tsv" if missing == "table" else scan / f"{SCAN}{missing}"
+    assert f"{expected} is missing" in said and "scannet/plain-strong" in said and "--label_map" in said
+
+
+def test_generated_rooms_have_no_instances_and_say_nothing(scan, caplog):
+    with caplog.at_level(logging.WARNING):
+        rooms = open_dataset("rooms", scan.parents[1])
+        caplog.clear()
+        assert rooms.read(SCAN).load_points().instance is None
+    assert not caplog.records
 
 
 # Splits

@@ -18,10 +18,12 @@ from PIL import Image
 
 from dataset_runs import Extracted, run_dataset
 from ditr_cache.check import check
-from ditr_cache.datasets import documents, open_dataset
+from ditr_cache.datasets import documents, meshes, open_dataset
+from ditr_cache.datasets.nyu40 import SCANNET20
+from ditr_cache.datasets.scannet import annotation
 from ditr_cache.datasets.scannet import dataset as scannet
-from ditr_cache.datasets.scannet import scannet200, scannet200_labels
-from ditr_cache.datasets.scannet.scannet200_labels import LABEL_TABLE, SCANNET200, read_annotation, read_label_table
+from ditr_cache.datasets.scannet.annotation import LABEL_TABLE, read_annotation, read_label_table
+from ditr_cache.datasets.scannet.scannet200_labels import SCANNET200
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.sample import Sample
 from ditr_cache.schema import LinkSettings
@@ -201,7 +203,7 @@ def test_annotation_equals_a_loop(tmp_path: Path) -> None:
             for vertex, of in enumerate(segments):
                 if of in members:
                     segment[vertex], instance[vertex] = index.get(ids.get(label, 0), -1), number
-        found = read_annotation(*annotate(tmp_path, segments, groups), tmp_path / "t", ids, 60)
+        found = read_annotation(*annotate(tmp_path, segments, groups), tmp_path / "t", ids, SCANNET200, 60)
         assert found[0].tolist() == segment and found[1].tolist() == instance
         assert (found[0].dtype, found[1].dtype) == (np.int16, np.int32)
 
@@ -212,7 +214,8 @@ def test_label_table_with_any_line_ends(tmp_path: Path, end: str, last: bool) ->
     path = tmp_path / "t.tsv"
     rows = ["count\traw_category\tcategory\tid", "3\tdoor\tdoor\t5", "1\tdoors \tdoor\t6", "1\tdoor\tgate\t7"]
     path.write_bytes(("\ufeff" * last + end.join(rows) + end * last).encode())
-    assert read_label_table(path) == {"door": 5, "doors ": 6}  # names as they stand; the first of two
+    assert read_label_table(path, "id") == {"door": 5, "doors ": 6}  # names as they stand; the first of two
+    assert read_label_table(path, "count") == {"door": 3, "doors ": 1}
 
 
 @pytest.mark.parametrize("folder", ["tasks", "meta_data", "scans"])
@@ -223,12 +226,35 @@ def test_label_table_beside_the_scans(root: Path, folder: str) -> None:
 
 
 def test_objects_in_no_segment_of_the_mesh_and_no_objects(tmp_path: Path) -> None:
-    found = read_annotation(*annotate(tmp_path, [4, 4], []), tmp_path, {}, 2)
+    found = read_annotation(*annotate(tmp_path, [4, 4], []), tmp_path, {}, SCANNET200, 2)
     assert found[0].tolist() == found[1].tolist() == [-1, -1]
-    found = read_annotation(
-        *annotate(tmp_path, [4, 9], [(3, "wall", [9, 77]), (4, "wall", [])]), tmp_path, {"wall": 1}, 2
-    )
+    objects = annotate(tmp_path, [4, 9], [(3, "wall", [9, 77]), (4, "wall", [])])
+    found = read_annotation(*objects, tmp_path, {"wall": 1}, SCANNET200, 2)
     assert found[0].tolist() == [-1, 0] and found[1].tolist() == [-1, 3]
+
+
+def test_scannet_reads_its_classes_and_instances_of_the_same_objects(
+    written: tuple[Path, list[Truth]], root: Path
+) -> None:
+    for name in (TRAIN, VAL):
+        file(root, ".aggregation.json", name).unlink()
+    by_object, by_vertex = open_dataset("scannet", written[0]), open_dataset("scannet", root)
+    assert by_object.classes == tuple(SCANNET20.values())
+    columns, *rows = (line.split("|") for line in layout.TABLE.split("\n"))
+    nyu40 = {layout.CLASSES.get(int(row[0])): int(row[columns.index("nyu40id")]) for row in rows}
+    index = {name: list(SCANNET20).index(n) if n in SCANNET20 else -1 for name, n in nyu40.items()}
+    for truth in written[1][:2]:
+        points = by_object.read(truth.sample_id).load_points()
+        np.testing.assert_array_equal(points.instance, truth.channels["instance"])
+        known = truth.label != ""  # a folded table is a table, and none of the 200
+        assert points.segment[known].tolist() == [index[name] for name in truth.label[known]]
+        assert (points.segment[~known] >= 0).any()
+        other = by_vertex.read(truth.sample_id).load_points()
+        foreign = (truth.label == "stand") & (truth.sample_id == "scene0270_00")  # 50 in its .labels.ply
+        assert other.instance is None and foreign.any() == (truth.sample_id == "scene0270_00")
+        np.testing.assert_array_equal(points.segment[~foreign], other.segment[~foreign])
+        assert (points.segment[foreign] == 19).all() and (other.segment[foreign] == -1).all()
+    assert by_object.read(TEST).load_points().segment is None
 
 
 # --- faults planted in the reader are seen --------------------------------------------------------------------------
@@ -256,25 +282,25 @@ def registered(read_pose: Callable[..., Any], path: Path) -> Any:
     return np.array(line.split(), dtype=float).reshape(4, 4) @ read_pose(path)
 
 
-def by_category(read_table: Callable[..., Any], path: Path) -> dict[str, int]:
+def by_category(read_table: Callable[..., Any], path: Path, column: str) -> dict[str, int]:
     header, *rows = (line.split("\t") for line in path.read_text().splitlines())
     return {r[header.index("raw_category")]: SUBMITTED.get(r[header.index("category")].strip(), 0) for r in rows}
 
 
-def by_nyu40(read_table: Callable[..., Any], path: Path) -> dict[str, int]:
+def by_nyu40(read_table: Callable[..., Any], path: Path, column: str) -> dict[str, int]:
     header, *rows = (line.split("\t") for line in path.read_text().splitlines())
     return {r[header.index("raw_category")]: int(r[header.index("nyu40id")]) for r in rows}
 
 
 PLANTED: dict[str, tuple[Plant, set[str]]] = {
     "camera-to-world as world-to-camera": (
-        plant(scannet, "read_pose", lambda f, path: np.linalg.inv(f(path))), {"missing"},
+        plant(scannet, "read_tracked_pose", lambda f, path: np.linalg.inv(f(path))), {"missing"},
     ),
     "pose of the next frame": (
-        plant(scannet, "read_pose", lambda f, path: f(path.with_name(f"{(int(path.stem) + 10) % 30}.txt"))),
+        plant(scannet, "read_tracked_pose", lambda f, path: f(path.with_name(f"{(int(path.stem) + 10) % 30}.txt"))),
         {"features"},
     ),
-    "colorToDepthExtrinsics applied": (plant(scannet, "read_pose", registered), {"features"}),
+    "colorToDepthExtrinsics applied": (plant(scannet, "read_tracked_pose", registered), {"features"}),
     "depth in millimetres": (
         plant(scannet, "read_depth", lambda f, *a, **k: 1000 * f(*a, **k)), {"missing"},
     ),
@@ -294,24 +320,25 @@ PLANTED: dict[str, tuple[Plant, set[str]]] = {
     "points in BGR": (
         plant(scannet, "read_mesh_points", lambda f, *a: replace(p := f(*a), color=p.color[:, ::-1])), {"color"},
     ),
-    "normals turned inside out": (plant(scannet, "vertex_normals", lambda f, c, i: f(c, i[:, ::-1])), {"normal"}),
-    "NYU40 ids as ids of classes": (plant(scannet200, "read_label_table", by_nyu40), {"labels"}),
-    "classes by the name of the category": (plant(scannet200, "read_label_table", by_category), {"labels"}),
+    "normals turned inside out": (plant(meshes, "vertex_normals", lambda f, c, i: f(c, i[:, ::-1])), {"normal"}),
+    "NYU40 ids as ids of classes": (plant(scannet, "read_label_table", by_nyu40), {"labels"}),
+    "classes by the name of the category": (plant(scannet, "read_label_table", by_category), {"labels"}),
     "labels in the order of the groups": (
-        lambda patch: patch.setattr(scannet200_labels, "_INDEX", {i: n for n, i in enumerate(
-            sorted(SCANNET200, key=lambda i: SCANNET200[i].group))}), {"labels"},
+        plant(scannet, "read_annotation", lambda f, *a: f(*a[:4], dict(sorted(a[4].items(), key=lambda c: c[1].group)),
+            a[5])), {"labels"},
     ),
     "the first of an object's groups": (
-        plant(scannet200_labels, "_groups", lambda f, path: reversed(list(f(path)))), {"instance"},
+        plant(annotation, "read_objects", lambda f, *a: reversed(list(f(*a)))), {"instance"},
     ),
     "segments as numbers of vertices": (
-        plant(scannet200_labels, "_segments", lambda f, path, vertices: np.arange(vertices)), {"labels", "instance"},
+        plant(annotation, "read_segments", lambda f, path, vertices, *_: np.arange(vertices)),
+        {"labels", "instance"},
     ),
     "objects of the high-resolution mesh": (
-        lambda patch: patch.setattr(scannet200, "AGGREGATION", "_vh_clean.aggregation.json"), {"labels"},
+        lambda patch: patch.setattr(scannet, "AGGREGATION", "_vh_clean.aggregation.json"), {"labels"},
     ),
     "segments of the high-resolution mesh": (
-        lambda patch: patch.setattr(scannet200, "SEGMENTS", "_vh_clean.segs.json"), {"lost", "failures"},
+        lambda patch: patch.setattr(scannet, "SEGMENTS", "_vh_clean.segs.json"), {"lost", "failures"},
     ),
 }  # fmt: skip
 
@@ -332,7 +359,7 @@ def test_planted_pose_direction_in_a_sens_file(
     run: Callable[..., Extracted], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     truths = layout.write(tmp_path / "release", world=WORLD, frames="sens")
-    monkeypatch.setattr(scannet, "invert_pose", lambda pose: np.asarray(pose, dtype=np.float64))
+    monkeypatch.setattr(scannet, "tracked_pose", lambda pose: np.asarray(pose, dtype=np.float64))
     assert "missing" in faults(run(tmp_path / "release"), truths)
 
 
@@ -360,8 +387,8 @@ def test_no_label_table(root: Path) -> None:
 
 def test_half_the_folders_of_frames(root: Path) -> None:
     shutil.rmtree(root / "scans" / TRAIN / "color")
-    with pytest.raises(MissingDataError, match=rf"no frames, expected {TRAIN}\.sens .*--type \.sens"):
-        read(root)
+    ((_, error),) = read(root).broken_views
+    assert f"{TRAIN}.sens: no such file" in error and "--type .sens" in error
     shutil.rmtree(root / "scans" / VAL / "intrinsic")
     info = file(root, ".txt", VAL)
     assert read(root, VAL).views  # the numbers are in <id>.txt, too
@@ -371,7 +398,7 @@ def test_half_the_folders_of_frames(root: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "list"])
-@pytest.mark.parametrize("suffix", [scannet200_labels.AGGREGATION, scannet200_labels.SEGMENTS])
+@pytest.mark.parametrize("suffix", [annotation.AGGREGATION, annotation.SEGMENTS])
 def test_damaged_annotation(root: Path, suffix: str, damage: str) -> None:
     path = file(root, suffix)
     data = path.read_bytes()
@@ -409,13 +436,13 @@ def test_groups_and_segments_that_are_no_lists(root: Path) -> None:
     change(file(root, ".aggregation.json"), lambda d: d.update(segGroups={"a": 1}))
     with pytest.raises(DataError, match=r"\.aggregation\.json: expected a list of objects 'segGroups'"):
         read(root).load_points()
-    change(file(root, scannet200_labels.SEGMENTS), lambda d: d.pop("segIndices"))
+    change(file(root, annotation.SEGMENTS), lambda d: d.pop("segIndices"))
     with pytest.raises(DataError, match=r"segs\.json: expected a list of whole numbers 'segIndices'"):
         read(root).load_points()
 
 
 def test_segments_of_another_length(root: Path, run: Callable[..., Extracted]) -> None:
-    path = file(root, scannet200_labels.SEGMENTS)
+    path = file(root, annotation.SEGMENTS)
     change(path, lambda d: d.update(segIndices=d["segIndices"][:-1]))
     done = run(root)
     assert done.totals.partitions == {"done": 2, "reused": 0, "failed": 1}
@@ -454,7 +481,7 @@ def test_an_empty_mesh_loses_its_scan_only(root: Path, run: Callable[..., Extrac
     path = file(root, "_vh_clean_2.ply")
     names = "".join(f"property float {n}\n" for n in "xyz")
     path.write_text(f"ply\nformat ascii 1.0\nelement vertex 0\n{names}end_header\n")
-    change(file(root, scannet200_labels.SEGMENTS), lambda d: d.update(segIndices=[]))
+    change(file(root, annotation.SEGMENTS), lambda d: d.update(segIndices=[]))
     done = run(root, splits=("train", "test"))
     assert done.totals.partitions["failed"] == 1 and "has no points" in done.totals.failures[0].error
     path.write_bytes(b"ply\nformat binary_little_endian 1.0\nelement vertex 9\n")

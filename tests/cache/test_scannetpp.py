@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import shutil
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -517,6 +518,30 @@ def test_single_photos_are_missing_or_damaged(copy):
         views["DSC02402.JPG"].load_image()
 
 
+@pytest.mark.parametrize("views", ["dslr", "dslr-undistorted"])
+def test_withheld_photos_of_a_test_scene_are_left_out(copy, views, caplog):
+    root, _ = copy
+    for scene in (TRAIN, TEST):
+        for path in (root / "data" / scene / "dslr").glob("resized_*images/DSC02402.JPG"):  # all of its test_frames
+            path.unlink()
+    with caplog.at_level(logging.INFO):
+        sample = read(root, views, TEST)
+    assert len(sample.views) == 3 and sample.broken_views == ()
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert f"{TEST}/dslr/nerfstudio/transforms.json: none of the 1 photos of test_frames" in said
+    assert "DSC02402.JPG: no such file" in dict(read(root, views).broken_views)["DSC02402.JPG"]  # not withheld there
+
+
+def test_a_test_scene_that_has_some_of_its_test_photos_reports_the_others(copy):
+    root, _ = copy
+    edit(
+        root / "data" / TEST / "dslr" / "nerfstudio" / "transforms.json",
+        lambda d: d["test_frames"].append({**d["test_frames"][0], "file_path": "DSC02403.JPG"}),
+    )
+    sample = read(root, sample=TEST)
+    assert [name for name, _ in sample.broken_views] == ["DSC02403.JPG"] and len(sample.views) == 4
+
+
 def test_photos_made_smaller_take_their_camera_along(copy):
     root, scene = copy
     for path in (scene / "dslr" / "resized_images").iterdir():
@@ -720,3 +745,34 @@ def test_the_first_three_objects_count_and_the_smallest_wins():
     label, instance = smallest_objects(segment_of, iter(objects))
     assert label.tolist() == [11] * 4 + [13, 13, IGNORE_INDEX]
     assert instance.tolist() == [2] * 4 + [4, 4, -1]
+
+
+def test_labels_equal_a_loop():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        names = rng.choice(10_000, 12, replace=False)
+        segment_of = rng.choice(names, 60)
+        objects = [(n, n % 5, rng.choice([*names, 20_000], rng.integers(0, 6))) for n in range(12)]  # some twice
+        label, instance = smallest_objects(segment_of, iter(objects))
+        counted, best = [0] * 60, [61] * 60
+        expected = [(IGNORE_INDEX, -1)] * 60
+        for number, index, segments in objects:
+            members = [v for v in range(60) if segment_of[v] in segments and counted[v] < 3]
+            for vertex in members:
+                counted[vertex] += 1
+                if len(members) < best[vertex]:
+                    best[vertex], expected[vertex] = len(members), (index, number)
+        assert list(zip(label.tolist(), instance.tolist(), strict=True)) == expected
+
+
+def test_an_object_costs_no_more_than_it_is_large():
+    """Twenty times the objects of the same vertices: three times the time, not twenty times."""
+    segment_of = np.arange(1_000_000) // 20 * 7
+
+    def seconds(objects):
+        parts = np.array_split(np.unique(segment_of), objects)
+        start = time.process_time()
+        smallest_objects(segment_of, ((n, 0, part) for n, part in enumerate(parts)))
+        return time.process_time() - start
+
+    assert min(seconds(1000) for _ in range(3)) < 6 * min(seconds(50) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Intrinsics of ScanNet's frames, whatever size they were exported in."""
+"""Intrinsics of ScanNet's frames, whatever size they were exported in, and their poses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.frames import check_principal_point, read_matrix
-from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.datasets.frames import check_principal_point, invert_pose, read_matrix
+from ditr_cache.errors import MissingDataError, errors_at
 from ditr_cache.sample import Camera
+
+
+def tracked_pose(world_from_camera: NDArray[Any]) -> NDArray[np.float64]:
+    """`camera_from_world` [4, 4] of a camera-to-world pose; all NaN where tracking was lost.
+
+    ScanNet says so by a pose that is all -inf, or all zero (`saveToPointCloud` in its `sensorData.h`).
+
+    Raises:
+        DataError: the matrix is not a rigid motion.
+    """
+    return invert_pose(world_from_camera if np.any(world_from_camera) else np.full_like(world_from_camera, np.nan))
+
+
+def read_tracked_pose(path: Path) -> NDArray[np.float64]:
+    """The same of a text file with the matrix.
+
+    Raises:
+        MissingDataError: no such file.
+        DataError: not a matrix, or not a rigid motion.
+    """
+    matrix = read_matrix(path)
+    with errors_at(path):
+        return tracked_pose(matrix)
 
 
 def exported_camera(scan: Path, info: Mapping[str, float], kind: str, size: tuple[int, int]) -> Camera:
@@ -55,14 +78,12 @@ def released_camera(
     Raises:
         DataError: intrinsics that cannot be those of the images.
     """
-    try:
+    with errors_at(where):
         camera = Camera.from_matrix(matrix, width=size[0], height=size[1])
         if calibrated is not None and min(calibrated) > 0 and calibrated != size:
             full = Camera.from_matrix(matrix, width=calibrated[0], height=calibrated[1])
             if abs(full.cx / full.width - 0.5) < abs(camera.cx / camera.width - 0.5):
                 camera = full.resized(width=size[0], height=size[1])
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
     return check_principal_point(camera, where)
 
 

@@ -1,21 +1,25 @@
 """ScanNet v2 in its official layout, and the synthetic rooms, which are written in the same one.
 
 ```
-ROOT/scans/<id>/<id>_vh_clean_2.ply, <id>_vh_clean_2.labels.ply, <id>.txt     scans_test/ likewise, without labels
+ROOT/scans/<id>/<id>_vh_clean_2.ply, <id>.txt                                  scans_test/ likewise, without labels
+ROOT/scans/<id>/<id>.aggregation.json, <id>_vh_clean_2.0.010000.segs.json      objects; or, without instances:
+ROOT/scans/<id>/<id>_vh_clean_2.labels.ply
+ROOT/scannetv2-labels.combined.tsv                                             what objects are, for all scans
 ROOT/scans/<id>/<id>.sens                                                      or the frames exported from it:
 ROOT/scans/<id>/color/*.jpg  depth/*.png  pose/*.txt  intrinsic/intrinsic_color.txt  intrinsic/intrinsic_depth.txt
 ```
 
 Mesh and poses are both in the scan's own frame, so the `axisAlignment` of `<id>.txt` is not applied: coordinates stay
-those of the files. The split lists in `splits/` are those of https://github.com/ScanNet/ScanNet
+those of the files. `<id>_vh_clean.aggregation.json` and `<id>_vh_clean.segs.json` are of the high-resolution mesh and
+not read. The split lists in `splits/` are those of https://github.com/ScanNet/ScanNet
 (Tasks/Benchmark), sorted; lists that lie next to the data win over them.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -24,14 +28,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Release
-from ditr_cache.datasets.frames import first_image_size, invert_pose, numbered_files, read_pose
+from ditr_cache.datasets.documents import read_lines
+from ditr_cache.datasets.frames import first_image_size, numbered_files
 from ditr_cache.datasets.images import read_color, read_depth
+from ditr_cache.datasets.meshes import Labels, ReadLabels, read_mesh_points
 from ditr_cache.datasets.nyu40 import ROOMS13, SCANNET20, nyu40_to_index
 from ditr_cache.datasets.ply import read_ply
-from ditr_cache.datasets.scannet.cameras import exported_camera, read_info, released_camera
+from ditr_cache.datasets.scannet.annotation import (
+    AGGREGATION,
+    LABEL_TABLE,
+    SEGMENTS,
+    read_annotation,
+    read_label_table,
+)
+from ditr_cache.datasets.scannet.cameras import (
+    exported_camera,
+    read_info,
+    read_tracked_pose,
+    released_camera,
+    tracked_pose,
+)
 from ditr_cache.datasets.scannet.sens import open_sens
-from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
-from ditr_cache.sample import Points, Sample, View
+from ditr_cache.datasets.shipped import shipped_lines
+from ditr_cache.errors import DataError, MissingDataError, shortened
+from ditr_cache.sample import Sample, View
 from ditr_cache.schema import LinkSettings
 
 _LOG = logging.getLogger(__name__)
@@ -39,17 +59,39 @@ _LOG = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 _SCAN_FOLDERS = ("scans", "scans_test")
 _LIST_FOLDERS = (".", "splits", "meta_data", "Tasks/Benchmark")
+_TABLE_FOLDERS = (".", "tasks", "meta_data", "scans")
 _VIDEO_FRAMES = 100  # a scan has hundreds: fewer frames in a row are somebody's choice
 
-Labels = tuple[NDArray[np.int16], NDArray[np.int32] | None]
-"""Class indices and, where they are annotated, instances of the N vertices of a mesh."""
 
-ReadLabels = Callable[[int], Labels]
-"""Reads the labels of a mesh of so many vertices."""
+MESH_NEED = Need("scans/<id>/<id>_vh_clean_2.ply", "points, colour, mesh", "download-scannet.py --type _vh_clean_2.ply")
+OBJECT_NEEDS = (
+    Need("scans/<id>/<id>.aggregation.json", "objects", "download-scannet.py --type .aggregation.json"),
+    Need(
+        "scans/<id>/<id>_vh_clean_2.0.010000.segs.json",
+        "segments that objects are made of",
+        "download-scannet.py --type _vh_clean_2.0.010000.segs.json",
+    ),
+    Need("scannetv2-labels.combined.tsv", "categories of objects -> classes", "download-scannet.py --label_map"),
+)
+FRAME_NEEDS = (
+    Need(
+        "scans/<id>/<id>.txt",
+        "image sizes; without it intrinsics of resized exported frames are refused",
+        "download-scannet.py --type .txt",
+        optional=True,
+    ),
+    Need(
+        "scans/<id>/<id>.sens",
+        "frames; or color/ depth/ pose/ intrinsic/ exported from it; without them points have no features",
+        "download-scannet.py --type .sens",
+        optional=True,
+    ),
+)
+TEST_NEED = Need("scans_test/<id>/", "the same without labels", "download-scannet.py, test scans", optional=True)
 
 
 class ScanNetDataset(Dataset):
-    """ScanNet v2 with the 20 classes of its benchmark.
+    """ScanNet v2 with the 20 classes of its benchmark; the splits are those that have a list.
 
     Args:
         root: folder that holds `scans/` and, where downloaded, `scans_test/`. Scans may be missing: those on disk are
@@ -57,26 +99,28 @@ class ScanNetDataset(Dataset):
 
     Raises:
         MissingDataError: neither folder is there, or no scan is in them.
+        DataError: the label table cannot be used.
     """
 
     name: ClassVar[str] = "scannet"
     title: ClassVar[str] = "ScanNet v2, the 20 classes of its benchmark"
     needs: ClassVar[tuple[Need, ...]] = (
-        Need("scans/<id>/<id>_vh_clean_2.ply", "points, colour, mesh", "download-scannet.py --type _vh_clean_2.ply"),
-        Need("scans/<id>/<id>_vh_clean_2.labels.ply", "labels", "download-scannet.py --type _vh_clean_2.labels.ply"),
+        MESH_NEED,
         Need(
-            "scans/<id>/<id>.txt",
-            "image sizes; without it intrinsics of resized exported frames are refused",
-            "download-scannet.py --type .txt",
-            optional=True,
+            "scans/<id>/<id>_vh_clean_2.labels.ply",
+            "labels, where one of the next three is missing",
+            "download-scannet.py --type _vh_clean_2.labels.ply",
         ),
-        Need(
-            "scans/<id>/<id>.sens",
-            "frames; or color/ depth/ pose/ intrinsic/ exported from it; without them points have no features",
-            "download-scannet.py --type .sens",
-            optional=True,
+        *(
+            replace(
+                need,
+                content=f"{need.content} (instances; without them scannet/plain-strong cannot run)",
+                optional=True,
+            )
+            for need in OBJECT_NEEDS
         ),
-        Need("scans_test/<id>/", "the same without labels", "download-scannet.py, test scans", optional=True),
+        *FRAME_NEEDS,
+        TEST_NEED,
     )
     release: ClassVar[Release | None] = Release(
         samples=1613,
@@ -92,6 +136,8 @@ class ScanNetDataset(Dataset):
     defaults: ClassVar[Defaults] = Defaults(links=LinkSettings(depth_min=1.0, depth_max=4.0))
     class_table: ClassVar[Mapping[int, ClassInfo]] = SCANNET20
     """Id in the annotation (here NYU40's) -> class, in the order of the label indices."""
+    label_column: ClassVar[str] = "nyu40id"
+    """Column of the label table with these ids."""
     shipped_lists: ClassVar[bool] = True
     """Whether the official lists serve where there are none next to the data."""
     video_stride: ClassVar[int] = 10
@@ -114,24 +160,16 @@ class ScanNetDataset(Dataset):
                 f"dataset {self.name!r}: no scan in {' or '.join(str(f) for f in folders)}, expected folders such as "
                 "scene0000_00; download some with ScanNet's download script (--id scene0000_00)"
             )
-        self._ids = self._split_ids()
-        self._split_of = {sample_id: split for split, ids in self._ids.items() for sample_id in ids}
+        self.ids = self._split_ids()
+        tables = (root / folder / LABEL_TABLE for folder in _TABLE_FOLDERS)
+        self._table = next((path for path in tables if path.is_file()), None)
+        self._numbers = {} if self._table is None else read_label_table(self._table, self.label_column)
+        self._no_instances_said = False
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         """Classes by label index."""
         return tuple(self.class_table.values())
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Splits that have a list, in the order train, val, test."""
-        return tuple(self._ids)
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Sorted ids of the scans of one split that are on disk. Raises `UnknownNameError` for an unknown split."""
-        if split not in self._ids:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self._ids)
-        return self._ids[split]
 
     def read(self, sample_id: str) -> Sample:
         """One scan; pixels, mesh and labels are read only when asked for.
@@ -141,9 +179,8 @@ class ScanNetDataset(Dataset):
             MissingDataError: the scan has no mesh or no labels, or only some of the folders of exported frames.
             DataError: its `.sens` file or its intrinsics cannot be used.
         """
-        if sample_id not in self._split_of:
-            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._split_of)
-        scan, split = self._scans[sample_id], self._split_of[sample_id]
+        split = self.split_of(sample_id)
+        scan = self._scans[sample_id]
         mesh, labels = released_file(scan, "_vh_clean_2.ply"), self._labels(scan, annotated=split != "test")
         views, broken, video = _read_frames(scan)
         return Sample(
@@ -161,20 +198,36 @@ class ScanNetDataset(Dataset):
         Raises:
             MissingDataError: a file of the annotation is missing.
         """
+        aggregation, segments = (scan / f"{scan.name}{suffix}" for suffix in (AGGREGATION, SEGMENTS))
+        missing = [path for path in (aggregation, segments) if not path.is_file()]
+        if self._table is not None and not missing:
+            return partial(read_annotation, aggregation, segments, self._table, self._numbers, self.class_table)
         if not annotated and not (scan / f"{scan.name}_vh_clean_2.labels.ply").is_file():
             return None
-        return partial(_labels_of_mesh, released_file(scan, "_vh_clean_2.labels.ply"), self.class_table)
+        labels = released_file(scan, "_vh_clean_2.labels.ply")
+        self._say_no_instances(missing[0] if missing else self.root / LABEL_TABLE)
+        return partial(_labels_of_mesh, labels, self.class_table)
+
+    def _say_no_instances(self, missing: Path) -> None:
+        """Once: hundreds of scans lack the same files."""
+        if not self._no_instances_said:
+            self._no_instances_said = True
+            _LOG.warning(
+                "dataset %r: %s is missing: scans that lack it or its like have no instances, without which recipe "
+                "scannet/plain-strong cannot run; download --type %s, --type %s and --label_map",
+                self.name,
+                missing,
+                AGGREGATION,
+                SEGMENTS,
+            )
 
     def _split_ids(self) -> dict[str, list[str]]:
         """Split -> sorted ids of the scans on disk."""
         lists = {split: path for split in SPLITS if (path := self._list_beside_data(split)) is not None}
         if lists:
-            listed = {
-                split: _read_list(path.read_text(encoding="utf-8", errors="replace")) for split, path in lists.items()
-            }
+            listed = {split: set(read_lines(path, "get ScanNet's list again")) for split, path in lists.items()}
         elif self.shipped_lists:
-            shipped = importlib.resources.files("ditr_cache.datasets.scannet") / "splits"
-            listed = {s: _read_list((shipped / f"scannetv2_{s}.txt").read_text(encoding="utf-8")) for s in SPLITS}
+            listed = {split: set(shipped_lines("scannet/splits", f"scannetv2_{split}.txt")) for split in SPLITS}
         else:
             listed = {}
         ids = {split: sorted(names & self._scans.keys()) for split, names in listed.items()}
@@ -195,7 +248,7 @@ class ScanNetDataset(Dataset):
                 self.name,
                 len(unlisted),
                 self.root,
-                ", ".join(unlisted[:5]) + (", ..." if len(unlisted) > 5 else ""),
+                shortened(unlisted),
             )
         return ids
 
@@ -214,33 +267,9 @@ class RoomsDataset(ScanNetDataset):
     defaults: ClassVar[Defaults] = Defaults()
     class_table: ClassVar[Mapping[int, ClassInfo]] = ROOMS13
     shipped_lists: ClassVar[bool] = False
-    video_stride: ClassVar[int] = 1
 
-
-def vertex_normals(coord: NDArray[np.floating], faces: NDArray[np.integer]) -> NDArray[np.float32]:
-    """Normals [N, 3] float32 of mesh vertices: mean of the adjacent faces' normals, weighted by their area.
-
-    Args:
-        coord: [N, 3] vertices.
-        faces: [F, 3] vertex indices, counter-clockwise seen from outside.
-
-    Returns:
-        Unit vectors; zero for a vertex without a face of positive area.
-    """
-    corners = coord.astype(np.float64)[faces]
-    with np.errstate(invalid="ignore", over="ignore"):  # not finite coordinates are reported by `Points`
-        # The cross product is twice the area long: summing it weights by area.
-        face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-        total = np.zeros((len(coord), 3))
-        for corner in range(3):
-            for axis in range(3):
-                total[:, axis] += np.bincount(faces[:, corner], face_normals[:, axis], minlength=len(coord))
-        length = np.linalg.norm(total, axis=1, keepdims=True)
-        return np.divide(total, length, out=np.zeros_like(total), where=length > 1e-20).astype(np.float32)
-
-
-def _read_list(text: str) -> set[str]:
-    return {line.strip() for line in text.splitlines() if line.strip()}
+    def _say_no_instances(self, missing: Path) -> None:
+        """They never have any."""
 
 
 def released_file(scan: Path, suffix: str) -> Path:
@@ -249,36 +278,6 @@ def released_file(scan: Path, suffix: str) -> Path:
     if not path.is_file():
         raise MissingDataError(f"{path}: no such file; download it with ScanNet's script (--type {suffix})")
     return path
-
-
-def read_mesh_points(path: Path, labels: ReadLabels | None) -> Points:
-    """Vertices of a mesh, with colour, normals of its faces, and labels.
-
-    Args:
-        path: of a PLY file.
-        labels: called with the number of vertices; None: the mesh has no labels.
-
-    Raises:
-        MissingDataError: the mesh or a file of its labels is missing.
-        DataError: they cannot be used, or do not belong together.
-    """
-    mesh = read_ply(path)
-    columns = mesh.vertices
-    if not {"x", "y", "z"} <= columns.keys():
-        raise DataError(f"{path}: expected vertex properties x, y, z, got {sorted(columns)}")
-    with np.errstate(over="ignore"):  # becomes infinite, which `Points` reports
-        coord = np.stack([columns[axis] for axis in "xyz"], axis=1).astype(np.float32)
-    color = None
-    if {"red", "green", "blue"} <= columns.keys():
-        color = np.stack([columns[channel] for channel in ("red", "green", "blue")], axis=1)
-        if color.dtype != np.uint8:
-            raise DataError(f"{path}: expected colours of type uchar, got {color.dtype}")
-    normal = None if mesh.faces is None or not len(mesh.faces) else vertex_normals(coord, mesh.faces)
-    segment, instance = (None, None) if labels is None else labels(len(coord))
-    try:
-        return Points(coord=coord, color=color, normal=normal, segment=segment, instance=instance)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _labels_of_mesh(path: Path, class_table: Mapping[int, ClassInfo], vertices: int) -> Labels:
@@ -299,26 +298,22 @@ Frames = tuple[tuple[View, ...], tuple[tuple[str, str], ...], bool]
 
 
 def _read_frames(scan: Path) -> Frames:
-    """Exported frames where there are some, else those of the `.sens` file."""
-    if (scan / "color").is_dir():
-        return _exported_frames(scan)
+    """Exported frames where there are some, else those of the `.sens` file; none, and why, where neither is there."""
+    colors = numbered_files(scan / "color", (".jpg", ".jpeg", ".png")) if (scan / "color").is_dir() else {}
+    if colors:
+        return _exported_frames(scan, colors)
     path = scan / f"{scan.name}.sens"
-    if not path.is_file() and not any((scan / name).is_dir() for name in ("depth", "pose")):
-        error = (
-            f"{path}: no such file, and no frames exported from it: its points have no features; download it with "
-            "ScanNet's script (--type .sens), then run again with --retry-incomplete"
-        )
-        return (), (("", error),), False
-    return _sens_frames(scan)
+    if path.is_file():
+        return _sens_frames(path)
+    error = (
+        f"{path}: no such file, and no frames exported from it (folders color, depth, pose and intrinsic, with images "
+        "in color): its points have no features; download it with ScanNet's script (--type .sens), then run again with "
+        "--retry-incomplete"
+    )
+    return (), (("", error),), False
 
 
-def _sens_frames(scan: Path) -> Frames:
-    path = scan / f"{scan.name}.sens"
-    if not path.is_file():
-        raise MissingDataError(
-            f"{scan}: no frames, expected {path.name} or the folders color, depth, pose and intrinsic exported from "
-            "it; download it with ScanNet's script (--type .sens)"
-        )
+def _sens_frames(path: Path) -> Frames:
     sens = open_sens(path)
     camera = released_camera(sens.intrinsic_color, sens.color_size, None, f"{path} colour")
     depth_camera = released_camera(sens.intrinsic_depth, sens.depth_size, None, f"{path} depth")
@@ -327,7 +322,7 @@ def _sens_frames(scan: Path) -> Frames:
     views, broken = [], []
     for frame, pose in enumerate(sens.world_from_camera):
         try:
-            camera_from_world = invert_pose(pose)
+            camera_from_world = tracked_pose(pose)
         except DataError as error:
             broken.append((str(frame), f"{path} frame {frame}: {error}"))
             continue
@@ -344,11 +339,8 @@ def _sens_frames(scan: Path) -> Frames:
     return tuple(views), tuple(broken), True
 
 
-def _exported_frames(scan: Path) -> Frames:
-    colors = numbered_files(scan / "color", (".jpg", ".jpeg", ".png"))
+def _exported_frames(scan: Path, colors: Mapping[int, Path]) -> Frames:
     depths = numbered_files(scan / "depth", (".png",)) if (scan / "depth").is_dir() else {}
-    if not colors:
-        return (), (), False
     broken: list[tuple[str, str]] = []
     frames: list[tuple[str, NDArray[np.float64], Path, Path]] = []
     for number, color in colors.items():
@@ -356,7 +348,7 @@ def _exported_frames(scan: Path) -> Frames:
             depth = depths.get(number)
             if depth is None:
                 raise MissingDataError(f"{scan / 'depth' / color.stem}.png: no depth file for {color.name}")
-            frames.append((color.stem, read_pose(scan / "pose" / f"{color.stem}.txt"), color, depth))
+            frames.append((color.stem, read_tracked_pose(scan / "pose" / f"{color.stem}.txt"), color, depth))
         except DataError as error:
             broken.append((color.stem, str(error)))
     if not frames:

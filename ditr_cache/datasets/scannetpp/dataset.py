@@ -4,8 +4,8 @@
 ROOT/splits/nvs_sem_train.txt, nvs_sem_val.txt, sem_test.txt     scene ids
 ROOT/metadata/semantic_benchmark/top100.txt, map_benchmark.csv   classes, and how raw labels become them
 ROOT/data/<id>/scans/mesh_aligned_0.05.ply                       points: the vertices of the laser scanner's mesh
-ROOT/data/<id>/scans/segments.json, segments_anno.json           annotation, see `scannetpp_labels`
-ROOT/data/<id>/dslr/  iphone/                                    views, see `scannetpp_views`
+ROOT/data/<id>/scans/segments.json, segments_anno.json           annotation, see `labels`
+ROOT/data/<id>/dslr/  iphone/                                    views, see `views`
 ```
 
 Facts: the toolkit, https://github.com/scannetpp/scannetpp (`common/scene_release.py`), and the documentation at
@@ -15,17 +15,17 @@ https://kaldir.vc.in.tum.de/scannetpp/documentation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
 from ditr_cache.datasets.documents import read_lines
-from ditr_cache.datasets.scannet.dataset import read_mesh_points
+from ditr_cache.datasets.meshes import read_mesh_points
 from ditr_cache.datasets.scannetpp.labels import Annotation, benchmark_classes, class_indices
 from ditr_cache.datasets.scannetpp.views import Frames, dslr_views, iphone_views, released
-from ditr_cache.errors import MissingDataError, UnknownNameError, UsageError
+from ditr_cache.errors import MissingDataError, UsageError
 from ditr_cache.sample import Sample
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _SCRIPT = "ScanNet++'s download script"
 
 
 class ScanNetPPDataset(Dataset):
-    """ScanNet++ with the 100 classes of its semantic benchmark.
+    """ScanNet++ with the 100 classes of its semantic benchmark; the splits are those that have a list.
 
     Args:
         root: folder that holds `data/`, `splits/` and `metadata/`. Scenes may be missing: those on disk are it.
@@ -111,9 +111,9 @@ class ScanNetPPDataset(Dataset):
         images=580_000,
         points=1_000_000,
         coverage=0.9,
-        views_per_point=40.0,
+        views_per_point=65.0,
         source="856 + 50 + 50 scenes are the official lists; 608 photos a scene are the mean of the paper's 280 000 "
-        "photos of 460 scenes; a million vertices a mesh, coverage and views per point are guesses",
+        "photos of 460 scenes; a million vertices a mesh, coverage and views per point (40 to 90) are guesses",
     )
 
     def __init__(self, root: Path, *, views: str = VIEWS[0]) -> None:
@@ -125,8 +125,7 @@ class ScanNetPPDataset(Dataset):
         if not self._scenes.is_dir():
             hint = f"pass its parent {str(root.parent)!r}" if root.name == "data" else "pass the folder above it"
             raise MissingDataError(f"dataset {self.name!r}: no folder 'data' in {str(root)!r}; {hint} with --root")
-        self._ids = self._split_ids()
-        self._split_of = {sample_id: split for split, ids in self._ids.items() for sample_id in ids}
+        self.ids = self._split_ids()
         self._classes = benchmark_classes(root)
         self._index: Mapping[str, int] | None = None
 
@@ -134,17 +133,6 @@ class ScanNetPPDataset(Dataset):
     def classes(self) -> tuple[ClassInfo, ...]:
         """The benchmark's classes by label index."""
         return self._classes
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Splits that have a list, in the order train, val, test."""
-        return tuple(self._ids)
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Sorted ids of the scenes of one split that are on disk. Raises `UnknownNameError` for an unknown split."""
-        if split not in self._ids:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self._ids)
-        return self._ids[split]
 
     def read(self, sample_id: str) -> Sample:
         """One scene; pixels, mesh and labels are read only when asked for.
@@ -155,12 +143,11 @@ class ScanNetPPDataset(Dataset):
             DataError: poses or intrinsics cannot be used.
             UsageError: a library to decode the video is needed and not installed.
         """
-        if sample_id not in self._split_of:
-            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._split_of)
-        scene, split = self._scenes / sample_id, self._split_of[sample_id]
+        split = self.split_of(sample_id)
+        scene = self._scenes / sample_id
         mesh = released(scene / "scans" / "mesh_aligned_0.05.ply", "scan_mesh_path")
         labels = self._annotation(scene / "scans") if split != "test" else None
-        views, broken = self._read_views(scene)
+        views, broken = self._read_views(scene, withheld=split == "test")
         return Sample(
             id=sample_id,
             split=split,
@@ -170,10 +157,10 @@ class ScanNetPPDataset(Dataset):
             every_nth_frame=_VIDEO_STRIDE if self.views == "iphone-video" else 1,
         )
 
-    def _read_views(self, scene: Path) -> Frames:
+    def _read_views(self, scene: Path, *, withheld: bool) -> Frames:
         if self.views in ("iphone", "iphone-video"):
             return iphone_views(scene, every_frame=self.views == "iphone-video")
-        return dslr_views(scene, undistorted=self.views == "dslr-undistorted")
+        return dslr_views(scene, undistorted=self.views == "dslr-undistorted", withheld=withheld)
 
     def _annotation(self, scans: Path) -> Annotation:
         released(scans / "segments.json", "scan_mesh_segs_path")

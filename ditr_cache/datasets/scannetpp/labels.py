@@ -17,9 +17,7 @@ fewest vertices wins it.
 
 from __future__ import annotations
 
-import colorsys
 import csv
-import importlib.resources
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +25,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.base import ClassInfo
-from ditr_cache.datasets.documents import read_json, read_lines, read_text, whole_numbers
+from ditr_cache.datasets.base import ClassInfo, distinct_color
+from ditr_cache.datasets.documents import read_lines, read_text
 from ditr_cache.datasets.scannet.scannet200_labels import SCANNET200
+from ditr_cache.datasets.segments import VerticesBySegment, read_objects, read_segments
+from ditr_cache.datasets.shipped import shipped_lines
 from ditr_cache.errors import DataError
 from ditr_cache.schema import IGNORE_INDEX
 
@@ -61,8 +61,7 @@ def benchmark_classes(root: Path) -> tuple[ClassInfo, ...]:
         if not names or len(set(names)) != len(names):
             raise DataError(f"{path}: expected one class a line, each once, got {len(names)} lines; {_METADATA}")
     else:
-        shipped = importlib.resources.files("ditr_cache.datasets.scannetpp") / "top100.txt"
-        names = shipped.read_text(encoding="utf-8").splitlines()
+        names = shipped_lines("scannetpp", "top100.txt")
     return tuple(ClassInfo(name, color) for name, color in zip(names, _colors(names), strict=True))
 
 
@@ -109,7 +108,9 @@ class Annotation:
             DataError: a file that cannot be used, or that is of another mesh.
         """
         segments, annotation = self.scans / "segments.json", self.scans / "segments_anno.json"
-        segment_of = _segments(segments, vertices)
+        segment_of = read_segments(
+            segments, vertices, "mesh_aligned_0.05.ply (scan_mesh_path)", f"{_AGAIN} (scan_mesh_segs_path)"
+        )
         segment, instance = smallest_objects(segment_of, _objects(annotation, self.index))
         segment[_masked(self.scans / MASK, vertices)] = IGNORE_INDEX
         return segment, instance
@@ -128,15 +129,13 @@ def smallest_objects(
         segment_of: [N] segment of each vertex.
         objects: in the order of the annotation.
     """
-    names, at = np.unique(segment_of, return_inverse=True)
+    vertices = VerticesBySegment(segment_of)
     label = np.full(len(segment_of), IGNORE_INDEX, dtype=np.int16)
     instance = np.full(len(segment_of), -1, dtype=np.int32)
     smallest = np.full(len(segment_of), np.iinfo(np.int64).max)
     counted = np.zeros(len(segment_of), dtype=np.uint8)
     for number, index, segments in objects:
-        inside = np.zeros(len(names), dtype=bool)
-        inside[np.searchsorted(names, segments[np.isin(segments, names)])] = True
-        members = np.flatnonzero(inside[at])
+        members = vertices[segments]
         members = members[counted[members] < LABELS_PER_VERTEX]
         counted[members] += 1
         won = members[len(members) < smallest[members]]  # of equally small ones the first
@@ -144,34 +143,9 @@ def smallest_objects(
     return label, instance
 
 
-def _segments(path: Path, vertices: int) -> NDArray[np.int64]:
-    segment_of = whole_numbers(read_json(path, f"{_AGAIN} (scan_mesh_segs_path)").get("segIndices"))
-    if segment_of is None:
-        raise DataError(
-            f"{path}: expected a list of whole numbers 'segIndices', one a vertex; {_AGAIN} (scan_mesh_segs_path)"
-        )
-    if len(segment_of) != vertices:
-        raise DataError(
-            f"{path}: segments of {len(segment_of)} vertices, expected the {vertices} of mesh_aligned_0.05.ply; the "
-            "two files are of different meshes, download both again with ScanNet++'s script (scan_mesh_path, "
-            "scan_mesh_segs_path)"
-        )
-    return segment_of
-
-
 def _objects(path: Path, index: Mapping[str, int]) -> Iterator[Object]:
     """Objects that keep a class, in the order of the file."""
-    groups = read_json(path, f"{_AGAIN} (scan_anno_json_path)").get("segGroups")
-    if not isinstance(groups, list):
-        raise DataError(f"{path}: expected a list of objects 'segGroups'; {_AGAIN} (scan_anno_json_path)")
-    for position, group in enumerate(groups):
-        fields = group if isinstance(group, dict) else {}
-        number, raw, segments = fields.get("objectId"), fields.get("label"), whole_numbers(fields.get("segments"))
-        if type(number) is not int or not 0 <= number < 2**31 or not isinstance(raw, str) or segments is None:
-            raise DataError(
-                f"{path}: object {position} of 'segGroups': expected a whole number 'objectId', a text 'label' and a "
-                f"list of whole numbers 'segments', got {str(group)[:100]}; {_AGAIN} (scan_anno_json_path)"
-            )
+    for number, raw, segments in read_objects(path, "objectId", f"{_AGAIN} (scan_anno_json_path)"):
         if raw in index:
             yield number, index[raw], segments
 
@@ -203,9 +177,7 @@ def _colors(names: Sequence[str]) -> Iterator[tuple[int, int, int]]:
     for name in names:
         color = known.get(name)
         while color is None:
-            # Golden-ratio steps around the hues, in rings of different brightness.
-            rgb = colorsys.hsv_to_rgb((turn * 0.618034) % 1, (0.85, 0.5, 0.65)[turn % 3], (0.95, 0.8, 0.6)[turn % 3])
-            new = (round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2]))
+            new = distinct_color(turn)
             if turn > 1000 or np.abs(np.subtract(used or [(-255, 0, 0)], new)).max(axis=1).min() >= _NEAR:
                 color = new
                 used.append(new)

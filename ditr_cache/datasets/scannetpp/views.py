@@ -8,6 +8,7 @@ and the intrinsics of the undistorted ones. `pose_intrinsic_imu.json` holds two 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,8 @@ from ditr_cache.datasets.scannetpp.depth import DEPTH_SIZE, read_depth_frame
 from ditr_cache.datasets.video import read_video_frame, require_video
 from ditr_cache.errors import DataError, MissingDataError
 from ditr_cache.sample import Camera, View
+
+_LOG = logging.getLogger(__name__)
 
 Frames = tuple[tuple[View, ...], tuple[tuple[str, str], ...]]
 """Views in order, and broken views (id, error)."""
@@ -52,8 +55,13 @@ def download(asset: str) -> str:
 # --- DSLR -----------------------------------------------------------------------------------------------------------
 
 
-def dslr_views(scene: Path, *, undistorted: bool) -> Frames:
+def dslr_views(scene: Path, *, undistorted: bool, withheld: bool = False) -> Frames:
     """Photos of both lists of `transforms.json` that are not marked as bad, by name.
+
+    Args:
+        scene: folder of the scene.
+        undistorted: the undistorted photos, rather than those as taken.
+        withheld: whether all of `test_frames` may be missing, as where a benchmark keeps them back.
 
     Raises:
         MissingDataError: the photos, their poses or the lists are missing.
@@ -68,9 +76,13 @@ def dslr_views(scene: Path, *, undistorted: bool) -> Frames:
         found = next((folder / name for name in UNDISTORTED if (folder / name).is_dir()), folder / UNDISTORTED[0])
         images = released(found, f"{asset}, or make it with the toolkit's dslr.undistort")
     lists = released(folder / "nerfstudio" / "transforms.json", "dslr_nerfstudio_transform_path")
-    names = _good_photos(lists)
+    train, test = _good_photos(lists)
     cameras, poses = _colmap(folder / "colmap", "dslr_colmap_dir")
     present = {path.name for path in images.iterdir()}
+    if withheld and test and not test & present:
+        _LOG.info("%s: none of the %d photos of test_frames is in %s; they are left out", lists, len(test), images)
+        test = set()
+    names = train | test
     photos, broken = [], []
     for name in sorted(names):
         if name not in present:
@@ -98,10 +110,10 @@ def _photo(path: Path, cameras: Mapping[int, Camera], image: ColmapImage) -> Vie
     )
 
 
-def _good_photos(path: Path) -> set[str]:
-    """Names of the photos of `transforms.json` that are not blurred or otherwise bad."""
+def _good_photos(path: Path) -> list[set[str]]:
+    """Names of the photos of `frames` and of `test_frames` that are not blurred or otherwise bad."""
     document = read_json(path, download("dslr_nerfstudio_transform_path"))
-    names: set[str] = set()
+    names = []
     for key in ("frames", "test_frames"):
         frames = document.get(key, [])
         if not isinstance(frames, list) or not all(
@@ -111,7 +123,7 @@ def _good_photos(path: Path) -> set[str]:
                 f"{path}: expected a list '{key}' of objects with 'file_path'; "
                 f"{download('dslr_nerfstudio_transform_path')}"
             )
-        names.update(_basename(f["file_path"]) for f in frames if not f.get("is_bad", False))
+        names.append({_basename(f["file_path"]) for f in frames if not f.get("is_bad", False)})
     return names
 
 
