@@ -186,6 +186,15 @@ LENSES += [("nerfstudio", model, True) for model in layout.NERFSTUDIO_MODELS]
 LENSES += [("ngp", model, True) for model in layout.NERFSTUDIO_MODELS[:6]]
 
 
+@pytest.mark.parametrize("per_frame", [True, False])
+@pytest.mark.parametrize("model", ["OPENCV", "OPENCV_FISHEYE", "PINHOLE"])
+def test_distortion_as_a_list(tmp_path, model, per_frame):
+    settings = {"distortion_list": True, "per_frame_intrinsics": per_frame}
+    (truth,) = layout.write(tmp_path / "x", world=DarkWorld(), model=model, names=HALL, count=800, **settings)
+    views = open_dataset("posed", tmp_path / "x").read("hall").views
+    assert sum(pixels_apart(view, truth) for view in views) > 300
+
+
 @pytest.mark.parametrize(("kind", "model", "binary"), LENSES)
 def test_every_lens_projects_as_the_writer_s(tmp_path, kind, model, binary):
     """To a hundredth of a pixel; of nerfstudio in a world that was turned, with intrinsics in the frames."""

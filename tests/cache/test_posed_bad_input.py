@@ -222,6 +222,10 @@ def test_a_pose_that_is_not_finite_is_no_pose(root):
         ({"camera_model": "FISHEYE624"}, ("FISHEYE624", "cannot be read", "undistort")),
         ({"camera_model": ["OPENCV"]}, ("cannot be read",)),
         ({"latlong": True}, ("latlong",)),
+        ({"orthographic": True}, ("orthographic", "undistort")),
+        ({"distortion_params": [0.1] * 12}, ("distortion_params", "six numbers k1, k2, k3, k4, p1, p2", "undistort")),
+        ({"distortion_params": [0.1, 0, 0, 0, "x", 0]}, ("p1", "'x'")),
+        ({"distortion_params": 0.1}, ("six numbers", "0.1")),
         ({"fl_x": "wide"}, ("fl_x", "finite number")),
         ({"cx": float("nan")}, ("cx", "finite number")),
         ({"fl_x": 0.0}, ("singular intrinsics",)),
@@ -240,6 +244,25 @@ def test_a_field_of_view_wins_over_a_focal_length(root):
     edit(root, fl_x=None, fl_y=20.0)
     views = read(root).views
     assert [(v.camera.fx, v.camera.fy) for v in views] == [pytest.approx((16, 20)), pytest.approx((16, 20)), (20, 20)]
+
+
+def test_a_list_of_distortion_wins_over_single_coefficients(root):
+    edit(root, k1=0.5, p2=0.5, distortion_params=[0.1, 0.02, 0.003, 0, 0.04, 0.05])
+    edit_frame(root, 1, k2=0.5, distortion_params=[0, 0, 0, 0, 0.01, 0.02])
+    cameras = [view.camera for view in read(root).views]
+    assert [camera.model for camera in cameras] == ["radial_tangential"] * 3
+    assert [camera.distortion for camera in cameras[:2]] == [(0.1, 0.02, 0.04, 0.05, 0.003), (0, 0, 0.01, 0.02, 0)]
+
+
+@pytest.mark.parametrize("where", ["file", "frame"])
+def test_a_rolling_shutter_is_warned_of(root, where, caplog):
+    edit(root, rolling_shutter=[0, 0, 0])
+    read(root)
+    assert "rolling_shutter" not in caplog.text
+    edit(root, rolling_shutter=[0, 0.01, 0]) if where == "file" else edit_frame(root, 1, rolling_shutter=[0, 0, 0, 0.5])
+    read(root)
+    (record,) = [record for record in caplog.records if "rolling_shutter" in record.getMessage()]
+    assert record.levelname == "WARNING" and "transforms.json" in record.getMessage()
 
 
 def test_a_frame_twice_and_frames_out_of_order(root):

@@ -206,6 +206,56 @@ def test_an_aligned_release_that_is_not_turned_at_all(run, plain, tmp_path, capl
     assert "says 90 degrees, but depth maps say 0, which is taken" in caplog.text
 
 
+HALLWAY = "Area_5_hallway_6"
+
+
+@pytest.fixture(scope="module", params=[("v1.2", None), ("v1.2", 0), ("aligned", 180), ("aligned", 0)], ids=str)
+def hallway(request, tmp_path_factory):
+    """(root, release, degrees, truth) of a room to which the file of angles gives 0, turned or not by other degrees."""
+    release, degrees = request.param
+    root = tmp_path_factory.mktemp("hallway")
+    truth = write(root, release=release, turned_against_images=degrees, **SMALL)[HALLWAY]
+    shutil.rmtree(root / layout.RELEASES[release] / "Area_5" / "office_19")
+    return root, release, degrees, truth
+
+
+@pytest.mark.parametrize("frame", ["aligned", "area"])
+def test_a_room_that_is_turned_against_its_images(run, hallway, frame, caplog):
+    root, release, degrees, truth = hallway
+    against = 180 if degrees is None else degrees
+    assert not differences(run(root, frame=frame), layout.turned(truth, against) if frame == "area" else truth)
+    outvoted = {
+        ("v1.2", 0): "says 180 degrees, but depth maps say 0",
+        ("aligned", 180): "says 0 degrees, but depth maps",
+    }
+    said = [record.getMessage() for record in caplog.records if "turn" in record.name]
+    assert len(said) == ((release, degrees) in outvoted)
+    assert all(outvoted[release, degrees] in text for text in said)
+
+
+@pytest.mark.parametrize("release", ["v1.2", "aligned"])
+def test_depth_maps_are_asked_once_per_room(tmp_path, release, monkeypatch):
+    write(tmp_path, release=release, areas=(5,), size=64, count=200)
+    asked = []
+    monkeypatch.setattr(s3dis, "settle_angle", lambda announced, *rest: asked.append((rest[2], announced)) or announced)
+    dataset = open_dataset("s3dis", tmp_path)
+    assert not asked
+    for room in (OFFICE, HALLWAY, OFFICE):
+        dataset.read(room)
+    turned = (90, 0) if release == "aligned" else (0, 180)
+    assert asked == [(f"sample {OFFICE!r}", turned[0]), (f"sample {HALLWAY!r}", turned[1])]
+
+
+def test_rooms_that_fit_their_depth_maps_at_no_angle_are_warned_of(copy, caplog):
+    root, _ = copy
+    for path in root.glob("2D-3D-S/*/data/depth/*office_19*"):
+        Image.fromarray(np.full((160, 160), 100, np.uint16)).save(path)
+    read(root)
+    (record,) = caplog.records
+    assert f"sample '{OFFICE}': its depth maps fit its points badly at every angle" in record.getMessage()
+    assert "90 degrees are taken" in record.getMessage() and "ditr-cache check" in record.getMessage()
+
+
 def poses(root, **options):
     """(room, view) -> pose, of all rooms."""
     dataset = open_dataset("s3dis", root, {**AREAS, **options})
@@ -342,7 +392,7 @@ def x_and_y_swapped(path, columns):
 REAL_FILE, REAL_POSE = s3dis_images._file, s3dis_images.rigid_pose
 REAL_CAMERA, REAL_COLORS = s3dis_images.camera_of, s3dis_points._colors
 REAL_OUTLINE, REAL_TABLE = s3dis_points.read_outline, s3dis_points.read_table
-REAL_NORMALS, REAL_TURN = s3dis_points.estimate_room_normals, s3dis_turn.quarter_turn
+REAL_NORMALS, REAL_TURN = s3dis_points.estimate_scan_normals, s3dis_turn.quarter_turn
 
 TRUSTED = (s3dis, "settle_angle", lambda announced, *rest: announced)  # depth maps shall not mend what is planted
 FAULTS = {
@@ -364,7 +414,7 @@ FAULTS = {
     "another order of classes": [(s3dis_points, "_INDEX", swapped(s3dis_points._INDEX, "door", "chair"))],
     "colours as BGR": [(s3dis_points, "_colors", lambda values, path: REAL_COLORS(values, path)[:, ::-1])],
     "another order of points": [(s3dis_points, "annotation_files", natural)],
-    "normals out of the room": [(s3dis_points, "estimate_room_normals", lambda *of: -REAL_NORMALS(*of))],
+    "normals out of the room": [(s3dis_points, "estimate_scan_normals", lambda *of: -REAL_NORMALS(*of))],
 }
 
 
@@ -582,8 +632,8 @@ def test_a_file_of_angles_that_cannot_be_used(copy, line, said):
 
 def test_angles_as_other_programs_write_them(tmp_path):
     path = tmp_path / "angles.txt"
-    path.write_text("## a ##\n  ## b\r\noffice_1 -90\r\n\nmy  room 360.0\nWC_1  180\nWC_1 180\n")
-    assert s3dis_turn.read_angles(path) == {"office_1": 270, "my  room": 0, "WC_1": 180}
+    path.write_text("## a ##\n  ## b\r\noffice_1 -90\r\n\nmy  room 360.0\nWC_1  180\nWC_1 180\noffice_2\t90 \n")
+    assert s3dis_turn.read_angles(path) == {"office_1": 270, "my  room": 0, "WC_1": 180, "office_2": 90}
 
 
 def test_no_angle_and_no_answer_from_depth_maps(copy):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import json
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.base import ClassInfo
+from ditr_cache.datasets.base import ClassInfo, distinct_color
 from ditr_cache.datasets.documents import read_text
 from ditr_cache.errors import DataError
 from ditr_cache.schema import IGNORE_INDEX
@@ -44,14 +43,14 @@ class ClassTable:
         Raises:
             DataError: labels that are not whole numbers.
         """
-        whole = whole_numbers(labels, where)
+        whole = whole_labels(labels, where)
         order = np.argsort(self.labels)
         known = np.array(self.labels, dtype=np.int64)[order]
         position = np.searchsorted(known, whole).clip(max=len(known) - 1)
         return np.where(known[position] == whole, order[position], IGNORE_INDEX).astype(np.int16)
 
 
-def whole_numbers(values: NDArray[Any], where: str) -> NDArray[np.int64]:
+def whole_labels(values: NDArray[Any], where: str) -> NDArray[np.int64]:
     """Labels [N] as int64, -1 for NaN: CloudCompare keeps labels as floats.
 
     Raises:
@@ -99,7 +98,7 @@ def read_classes(path: Path) -> ClassTable:
                 raise DataError(f"{path}: the {what} {value!r} stands there {count} times; {_REMEDY}")
     if not 0 < len(rows) <= _MAX_CLASSES:
         raise DataError(f"{path}: {len(rows)} classes, expected 1 to {_MAX_CLASSES}; {_REMEDY}")
-    infos = tuple(ClassInfo(name, color or _color(i)) for i, (_, name, color) in enumerate(rows))
+    infos = tuple(ClassInfo(name, color or distinct_color(i)) for i, (_, name, color) in enumerate(rows))
     return ClassTable(infos, tuple(labels))
 
 
@@ -146,9 +145,3 @@ def _checked_color(color: Any, where: str) -> tuple[int, int, int]:
     ):
         raise DataError(f"{where}: expected three numbers 0..255 as colour, got {str(color)[:100]}; {_REMEDY}")
     return color[0], color[1], color[2]
-
-
-def _color(index: int) -> tuple[int, int, int]:
-    """A colour for a class that has none: golden-ratio steps around the hues, in rings of different brightness."""
-    rgb = colorsys.hsv_to_rgb(index * 0.618034 % 1, (0.85, 0.5, 0.65)[index % 3], (0.95, 0.8, 0.6)[index % 3])
-    return round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.posed.classes import ClassTable, whole_numbers
+from ditr_cache.datasets.posed.classes import ClassTable, whole_labels
 from ditr_cache.datasets.posed.frames import offset_of
-from ditr_cache.datasets.s3dis.points import estimate_room_normals
-from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.errors import DataError, MissingDataError, errors_at, shortened
 from ditr_cache.pointcloud.cloud import PointCloud, color_factor
+from ditr_cache.pointcloud.normals import estimate_scan_normals
 from ditr_cache.pointcloud.readers import open_cloud
 from ditr_cache.sample import Points
 
@@ -69,7 +69,7 @@ def find_cloud(folder: Path, listed: Path | None, name: str) -> Path | None:
     others = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if len(others) > 1:
         raise DataError(
-            f"{folder}: {len(others)} point clouds ({', '.join(path.name for path in others[:5])}), expected one; name "
+            f"{folder}: {len(others)} point clouds ({shortened([path.name for path in others])}), expected one; name "
             f"the right one {STEM}{others[0].suffix.lower()}, or say --option points={others[0].name}"
         )
     return others[0] if others else None
@@ -122,19 +122,15 @@ class CloudFile:
                 f"{self.path}: points up to {farthest:.4g} m from the cameras' part of the world, expected at most "
                 f"{_REACH:.0f} m; are cloud and poses in the same frame, and in metres?"
             )
-        try:
+        with errors_at(self.path):
             return Points(
                 coord=coord,
                 color=_eight_bits(found["color"]) if "color" in found else None,
                 normal=_unit(found["normal"]) if "normal" in found else self._estimated_normals(coord, offset),
                 strength=found.get("strength"),
                 segment=self._segment(found.get("segment") if labels is None else labels),
-                instance=whole_numbers(found["instance"], "instances").astype(np.int32)
-                if "instance" in found
-                else None,
+                instance=whole_labels(found["instance"], "instances").astype(np.int32) if "instance" in found else None,
             )
-        except DataError as error:
-            raise DataError(f"{self.path}: {error}") from error
 
     def _segment(self, labels: NDArray[Any] | None) -> NDArray[np.int16] | None:
         """Class indices of labels as the files have them."""
@@ -152,7 +148,7 @@ class CloudFile:
     def _estimated_normals(self, coord: NDArray[np.float32], offset: NDArray[np.float64]) -> NDArray[np.float32] | None:
         if not self.estimate_normals or not np.isfinite(coord).all():
             return None
-        return estimate_room_normals(coord.astype(np.float64), self.cameras - offset)
+        return estimate_scan_normals(coord.astype(np.float64), self.cameras - offset)
 
 
 def read_labels(path: Path, cloud: PointCloud) -> NDArray[Any]:

@@ -8,13 +8,13 @@ ROOT/[classes.txt|json]   [train.txt  val.txt  test.txt: a capture a line]
 
 A capture lies at the root or up to three levels below it; its id is the path below the root. Its world is that of the
 point cloud. Where that is far from the origin, as map projections are, a whole number of kilometres is subtracted from
-points and poses (`posed_frames.world_offset`), for coordinates are float32.
+points and poses (`frames.world_offset`), for coordinates are float32.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ditr_cache.datasets.base import ClassInfo, Dataset, Need, Option
+from ditr_cache.datasets.base import ClassInfo, Dataset, Need, Option, ids_by_split
+from ditr_cache.datasets.captures import LEVELS, find_captures
 from ditr_cache.datasets.documents import read_lines
 from ditr_cache.datasets.fusion import fuse_views
 from ditr_cache.datasets.posed.classes import find_classes
@@ -30,14 +31,13 @@ from ditr_cache.datasets.posed.cloud import LABEL_FILES, STEM, CloudFile, find_c
 from ditr_cache.datasets.posed.colmap_model import model_folder, read_workspace
 from ditr_cache.datasets.posed.frames import Description, PosedFrame, in_time_order, moved, view_of, world_offset
 from ditr_cache.datasets.posed.transforms import FILE, read_transforms
-from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
+from ditr_cache.errors import DataError, MissingDataError, UsageError, shortened
 from ditr_cache.sample import Points, Sample, View
 
 _LOG = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 
-_LEVELS = 3
 _NEAREST = 0.1  # metres, of depth that is fused into points
 _COLMAP = "COLMAP (sparse/0, with images/ beside), or nerfstudio's ns-process-data"
 
@@ -131,32 +131,21 @@ class PosedDataset(Dataset):
         self.root = root
         self.points, self.depth, self.normals = points, depth, normals
         self.depth_unit, self.depth_max, self.voxel_size = depth_unit, depth_max, voxel_size
-        self._captures = {_sample_id(folder, root): folder for folder in _find_captures(root, _LEVELS)}
+        self._captures = find_captures(root, _is_capture)
         if not self._captures:
             raise MissingDataError(
-                f"dataset {self.name!r}: no capture at {str(root)!r} or up to {_LEVELS} levels below; expected folders "
+                f"dataset {self.name!r}: no capture at {str(root)!r} or up to {LEVELS} levels below; expected folders "
                 f"with {FILE}, or with a COLMAP model in sparse/0; make one with {_COLMAP}"
             )
         inside = [folder for folder in self._captures.values() if folder != root]
         at_root = find_classes([root])
         self._classes = at_root if at_root.infos else find_classes(inside)
-        self._split_of = self._read_splits()
+        self.ids = ids_by_split(self._read_splits(), SPLITS)
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         """Classes of `classes.txt` or `classes.json`, empty where there is neither."""
         return self._classes.infos
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Those of train, val and test that have a capture."""
-        return tuple(split for split in SPLITS if split in self._split_of.values())
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Sorted ids of the captures of one split. Raises `UnknownNameError` for an unknown split."""
-        if split not in self.splits:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self.splits)
-        return sorted(i for i, s in self._split_of.items() if s == split)
 
     def read(self, sample_id: str) -> Sample:
         """One capture. The headers of its images and depth maps are read, their pixels only when asked for.
@@ -166,8 +155,7 @@ class PosedDataset(Dataset):
             MissingDataError: no points, or a file of the COLMAP model is missing.
             DataError: a description that is not understood, or none of whose frames can be used.
         """
-        if sample_id not in self._split_of:
-            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._split_of)
+        split = self.split_of(sample_id)
         folder = self._captures[sample_id]
         described = self._describe(folder)
         cloud = None if self.points == "depth" else find_cloud(folder, described.cloud, _file_name(self.points))
@@ -208,7 +196,7 @@ class PosedDataset(Dataset):
             ).read
         return Sample(
             id=sample_id,
-            split=self._split_of[sample_id],
+            split=split,
             views=views,
             load_points=load_points,
             broken_views=broken,
@@ -238,8 +226,7 @@ class PosedDataset(Dataset):
         unlisted = sorted(self._captures.keys() - split_of.keys())
         for what, which in (("in no split list and left out", unlisted), ("listed, but not on disk", sorted(absent))):
             if which:
-                shown = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
-                _LOG.warning("dataset %r: %d captures are %s: %s", self.name, len(which), what, shown)
+                _LOG.warning("dataset %r: %d captures are %s: %s", self.name, len(which), what, shortened(which))
         return split_of
 
 
@@ -251,22 +238,8 @@ def _file_name(points: str) -> str:
     return "" if points == "auto" else points
 
 
-def _find_captures(folder: Path, levels: int) -> Iterator[Path]:
-    """Captures at and below a folder; nothing is looked for inside of one."""
-    if (folder / FILE).is_file() or model_folder(folder) is not None:
-        yield folder
-    elif levels:
-        try:
-            children = sorted(folder.iterdir())
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be listed ({error}); make it readable, or move it elsewhere") from error
-        for child in children:
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _find_captures(child, levels - 1)
-
-
-def _sample_id(folder: Path, root: Path) -> str:
-    return root.resolve().name if folder == root else folder.relative_to(root).as_posix()
+def _is_capture(folder: Path) -> bool:
+    return (folder / FILE).is_file() or model_folder(folder) is not None
 
 
 def _views(

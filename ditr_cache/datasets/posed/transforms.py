@@ -12,11 +12,14 @@ Facts, read in the sources of nerfstudio (50e0e3c) and Instant-NGP (abe236e):
   Its `scale`, `offset` and `aabb_scale` are settings that are applied to the poses afterwards. `file_path` may lack its
   suffix.
 - Lenses: k1, k2, k3 of `OPENCV` are coefficients of r^2, r^4, r^6. So is nerfstudio's k4 of r^8, which OpenCV lacks
-  (its k4 stands in a denominator). A fisheye's k1 to k4 are OpenCV's.
+  (its k4 stands in a denominator). A fisheye's k1 to k4 are OpenCV's. nerfstudio's `distortion_params` are k1 to k4,
+  p1, p2 and win over keys of these names; twelve are those of `FISHEYE624`.
+- Instant-NGP's `rolling_shutter` moves the camera while an image is exposed.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -30,8 +33,10 @@ from ditr_cache.datasets.documents import read_json
 from ditr_cache.datasets.frames import invert_pose, rigid_pose
 from ditr_cache.datasets.images import image_size
 from ditr_cache.datasets.posed.frames import Description, PosedFrame, path_inside
-from ditr_cache.errors import DataError
+from ditr_cache.errors import DataError, errors_at
 from ditr_cache.sample import Camera
+
+_LOG = logging.getLogger(__name__)
 
 FILE = "transforms.json"
 
@@ -45,7 +50,8 @@ LEGACY_TRANSFORM = ((0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, -1.0,
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
 
 _EXPORT = "write it with nerfstudio's ns-process-data or Instant-NGP's scripts/colmap2nerf.py"
-_OTHER_LENSES = ("ftheta_p0", "latlong", "equirectangular")  # Instant-NGP's, of its own conventions
+_OTHER_LENSES = ("ftheta_p0", "latlong", "equirectangular", "orthographic")  # Instant-NGP's, of its own conventions
+_DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")  # in the order of distortion_params
 _OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 _SCALED = 0.02  # by which a rotation's columns may be longer or shorter than 1
 
@@ -74,6 +80,8 @@ def read_transforms(folder: Path, root: Path, *, depth: bool, depth_unit: float)
     scale = meta.get("applied_scale", 1.0)
     if not isinstance(scale, int | float) or not 0 < scale < 1e12:
         raise DataError(f"{path}: expected a positive number as applied_scale, got {str(scale)[:100]}")
+    if any(_rolls(keys) for keys in (meta, *entries)):
+        _LOG.warning("%s: rolling_shutter is not read: features lie beside their points where the camera moved", path)
     frames: list[PosedFrame] = []
     broken: list[tuple[str, DataError]] = []
     for position, entry in enumerate(entries):
@@ -104,6 +112,12 @@ def read_transforms(folder: Path, root: Path, *, depth: bool, depth_unit: float)
         cloud=None if cloud is None else path_inside(cloud, folder, root, f"{path}: ply_file_path"),
         poses_from_original=_poses_from_original(meta, folder),
     )
+
+
+def _rolls(keys: Any) -> bool:
+    """Whether the camera moves while its rows are exposed, by any of the three or four numbers."""
+    numbers = keys.get("rolling_shutter") if isinstance(keys, dict) else None
+    return any(number != 0 for number in numbers) if isinstance(numbers, list) else bool(numbers)
 
 
 def _image_file(text: Any, folder: Path, root: Path) -> Path:
@@ -143,10 +157,8 @@ def _camera_from_world(matrix: Any, scale: float) -> NDArray[np.float64]:
             "after they were found: divide the rotation by the scale, and the place too unless the point cloud was "
             "scaled likewise"
         )
-    try:
+    with errors_at("transform_matrix", _EXPORT):
         return invert_pose(pose @ _OPENCV_FROM_OPENGL)
-    except DataError as error:
-        raise DataError(f"transform_matrix: {error}; {_EXPORT}") from error
 
 
 def _poses_from_original(meta: Mapping[str, Any], folder: Path) -> NDArray[np.float64] | None:
@@ -157,10 +169,9 @@ def _poses_from_original(meta: Mapping[str, Any], folder: Path) -> NDArray[np.fl
     if applied is None:
         return None
     where = f"{folder / FILE}: applied_transform"
-    try:
-        matrix = rigid_pose(_matrix(applied, where))
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+    matrix = _matrix(applied, where)
+    with errors_at(where):
+        matrix = rigid_pose(matrix)
     if not np.isfinite(matrix).all():
         raise DataError(f"{where}: expected finite numbers, got {applied}")
     return matrix
@@ -240,8 +251,15 @@ def _focal(keys: Keys, axis: str, pixels: int) -> float | None:
 
 def _distortion(keys: Keys, model: str) -> tuple[str, tuple[float, ...]]:
     """Model and coefficients of a `Camera`."""
-    k1, k2, k3, k4 = (_number(keys, f"k{i}") for i in (1, 2, 3, 4))
-    p1, p2 = _number(keys, "p1"), _number(keys, "p2")
+    listed = keys.get("distortion_params")
+    if listed is not None:
+        if not isinstance(listed, list) or len(listed) != len(_DISTORTION):
+            raise DataError(
+                f"distortion_params: expected the six numbers {', '.join(_DISTORTION)}, got {str(listed)[:100]}; "
+                "undistort the images and use the poses of these"
+            )
+        keys = dict(zip(_DISTORTION, listed, strict=True))
+    k1, k2, k3, k4, p1, p2 = (_number(keys, name) for name in _DISTORTION)
     remedy = "no lens of OpenCV's is so: undistort the images, or calibrate without this coefficient"
     if model in FISHEYE:
         if p1 or p2:

@@ -6,8 +6,8 @@ ROOT/Stanford3dDataset_v1.2_Aligned_Version/Area_<n>/<room>/Annotations/<class>_
 ROOT/2D-3D-S/area_{1,2,3,4,5a,5b,6}/data/{rgb,depth,pose}/                           or ROOT/area_<n>/
 ```
 
-Rooms of the aligned release were turned one by one, see `s3dis_turn`; poses are in the frame of the area. Points and
-poses are brought together in the frame of the option `frame`.
+Rooms of the aligned release were turned one by one, and two of v1.2 are, see `turn`; poses are in the frame of the
+area. Points and poses are brought together in the frame of the option `frame`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
+from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release, ids_by_split
 from ditr_cache.datasets.s3dis.points import (
     CLASSES,
     POINTS_DOWNLOAD,
@@ -32,8 +32,8 @@ from ditr_cache.datasets.s3dis.points import (
     read_points,
 )
 from ditr_cache.datasets.s3dis.room_images import FOLDERS, IMAGES_DOWNLOAD, AreaImages, find_images
-from ditr_cache.datasets.s3dis.turn import quarter_turn, read_angles, settle_angle
-from ditr_cache.errors import MissingDataError, UnknownNameError, UsageError
+from ditr_cache.datasets.s3dis.turn import V1_2_TURNED, quarter_turn, read_angles, settle_angle
+from ditr_cache.errors import MissingDataError, UsageError
 from ditr_cache.sample import Sample, View
 from ditr_cache.schema import LinkSettings
 
@@ -137,39 +137,31 @@ class S3DISDataset(Dataset):
                 f"dataset {self.name!r}: no room in {self._points}, expected folders such as Area_5/office_19; unpack "
                 f"{POINTS_DOWNLOAD}"
             )
+        split_of = {sample_id: self._split(room) for sample_id, room in self._rooms.items()}
+        self.ids = ids_by_split(split_of, sorted(set(split_of.values())))
         # Listed or read when first asked for; small against the points.
         self._area_images: dict[int, AreaImages] = {}
         self._area_angles: dict[int, dict[str, int]] = {}
         self._outlines: dict[str, Outline] = {}
+        self._settled: dict[str, int] = {}
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         """Classes by label index; every point has one."""
         return CLASSES
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """`train` and `val`, or the areas, see `val_area`; those that have rooms on disk."""
-        return tuple(sorted({self._split(room) for room in self._rooms.values()}))
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Sorted ids of the rooms of one split. Raises `UnknownNameError` for an unknown split."""
-        if split not in self.splits:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self.splits)
-        return sorted(i for i, room in self._rooms.items() if self._split(room) == split)
-
     def read(self, sample_id: str) -> Sample:
         """One room; pixels and depth are read only when asked for.
 
-        Of a room that was turned all coordinates are gone through, as the middle of their box belongs to its poses.
+        Of a room with views all coordinates are gone through, and six depth maps: they tell how it is turned, and the
+        middle of its box belongs to its poses.
 
         Raises:
             UnknownNameError: no such room.
             MissingDataError: no annotation, an area's images or a needed alignment angle.
             DataError: files that cannot be used.
         """
-        if sample_id not in self._rooms:
-            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._rooms)
+        split = self.split_of(sample_id)
         room = self._rooms[sample_id]
         annotation_files(room.folder)
         views, broken = self._views(room)
@@ -177,7 +169,7 @@ class S3DISDataset(Dataset):
         views = tuple(replace(v, camera_from_world=v.camera_from_world @ area_from_points) for v in views)
         return Sample(
             id=sample_id,
-            split=self._split(room),
+            split=split,
             views=views,
             load_points=partial(read_points, room.folder, points_from_file, _stands(views)),
             broken_views=broken,
@@ -208,8 +200,8 @@ class S3DISDataset(Dataset):
             broken = (
                 (
                     "",
-                    f"{files}: no such file: {without} (Area_3/hallway_5 has no image in the release; of other rooms "
-                    f"unpack {IMAGES_DOWNLOAD} again)",
+                    f"{files}: no such file: {without} (at least Area_3/hallway_5 has no image in the release; "
+                    f"of other rooms unpack {IMAGES_DOWNLOAD} again)",
                 ),
             )
         return views, broken
@@ -218,29 +210,46 @@ class S3DISDataset(Dataset):
         self, sample_id: str, room: _Room, views: Sequence[View]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """`points_from_file` and `area_from_points`, both [4, 4]."""
-        stay = np.eye(4)
         file_frame = self._file_frame
-        if self.frame == file_frame and (file_frame == "area" or not views):
-            return stay, stay
+        if self.frame == file_frame == "aligned" and not views:
+            return np.eye(4), np.eye(4)
         angle = self._angle(room)
-        if angle is None and (file_frame == "area" or not views):
+        if angle is None and self.frame != file_frame and (file_frame == "area" or not views):
             raise MissingDataError(
                 f"sample {sample_id!r}: no angle of room {room.folder.name!r} in "
                 f"{self._points / f'Area_{room.area}' / f'Area_{room.area}_alignmentAngle.txt'}; unpack "
                 f"{POINTS_DOWNLOAD} again, or read the rooms as they are in the files with --option frame={file_frame}"
             )
-        if angle == 0:
-            return stay, stay
+        area_from_file = self._area_from_file(sample_id, room, views, angle)
+        if self.frame == "area":
+            points_from_file, area_from_points = area_from_file, 0
+        elif file_frame == "aligned":
+            points_from_file, area_from_points = 0, area_from_file
+        else:  # the angle is of the room as v1.2 has it
+            assert angle is not None
+            points_from_file, area_from_points = -angle, area_from_file + angle
+        if points_from_file == 0 == area_from_points:
+            return np.eye(4), np.eye(4)
+        middle = self._outline(sample_id, room).middle
+        return quarter_turn(points_from_file, middle), quarter_turn(area_from_points, middle)
+
+    def _area_from_file(self, sample_id: str, room: _Room, views: Sequence[View], angle: int | None) -> int:
+        """Degrees by which a room as it is in the file has to be turned to lie as its poses have it."""
+        announced, source = angle, "the file of alignment angles"
+        if self._file_frame == "area":
+            announced, source = V1_2_TURNED.get(sample_id, 0), f"what is known of {RELEASES['v1.2']}"
+        if not views:
+            assert announced is not None
+            return announced
+        if sample_id not in self._settled:
+            outline = self._outline(sample_id, room)
+            self._settled[sample_id] = settle_angle(announced, outline, views, f"sample {sample_id!r}", source)
+        return self._settled[sample_id]
+
+    def _outline(self, sample_id: str, room: _Room) -> Outline:
         if sample_id not in self._outlines:
             self._outlines[sample_id] = read_outline(room.folder)
-        outline = self._outlines[sample_id]
-        if file_frame == "aligned" and views:
-            angle = settle_angle(angle, outline, views, f"sample {sample_id!r}")
-        assert angle is not None
-        area_from_aligned = quarter_turn(angle, outline.middle)
-        if self.frame == "aligned":
-            return (stay if file_frame == "aligned" else quarter_turn(-angle, outline.middle)), area_from_aligned
-        return area_from_aligned, stay
+        return self._outlines[sample_id]
 
     def _angle(self, room: _Room) -> int | None:
         """Degrees by which a room was turned, by the file of its own release or of the other one beside it."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ditr_cache.datasets.base import ClassInfo
 from ditr_cache.errors import DataError, MissingDataError
-from ditr_cache.pointcloud.normals import estimate_normals
+from ditr_cache.pointcloud.normals import estimate_scan_normals
 from ditr_cache.pointcloud.optional import require
 from ditr_cache.sample import Points
 
@@ -41,7 +41,7 @@ CLASSES = (
 """Order and colours as in PointNet's and Pointcept's code."""
 
 COLUMNS = ("x", "y", "z", "r", "g", "b")
-POINTS_DOWNLOAD = "Stanford3dDataset_v1.2_Aligned_Version.zip (form: https://goo.gl/forms/4SoGp4KtH1jfRqEj2)"
+POINTS_DOWNLOAD = "Stanford3dDataset_v1.2_Aligned_Version.zip (https://sdss.redivis.com/datasets/9q3m-9w5pa1a2h)"
 
 _DAMAGED = f"the file is damaged or cut off, unpack {POINTS_DOWNLOAD} again"
 _INDEX = {info.name: i for i, info in enumerate(CLASSES)}
@@ -52,8 +52,7 @@ _CLUTTER = _INDEX["clutter"]  # whatever is none of the other twelve, say `stair
 _REPAIRED = bytes(b | 0x20 if b < 0x20 and b not in b"\t\n\r" else b for b in range(256))
 
 _MAX_BYTES = 2**31  # the largest room has some 10 million points, at 60 bytes each
-_VOXEL = 0.02  # metres: normals are of the points that the recipes keep
-_MAX_EXTENT = 5000.0  # metres; voxels of it still have a number of 63 bits
+_MAX_EXTENT = 5000.0  # metres
 _CHECKED_POINTS = 4096
 
 
@@ -132,7 +131,7 @@ def read_points(room: Path, points_from_file: NDArray[np.float64], viewpoints: N
     return Points(
         coord=coord.astype(np.float32),
         color=np.concatenate(colors),
-        normal=estimate_room_normals(coord, viewpoints),
+        normal=estimate_scan_normals(coord, viewpoints),
         segment=np.repeat(np.array(classes, np.int16), lengths),
         instance=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
     )
@@ -176,27 +175,6 @@ def _read_slowly(content: bytes, path: Path) -> NDArray[np.float64]:
     if values.shape[1] != len(COLUMNS):
         raise DataError(f"{path}: expected lines 'x y z r g b', got {values.shape[1]} values in each; {_DAMAGED}")
     return values
-
-
-def estimate_room_normals(coord: NDArray[np.float64], viewpoints: NDArray[np.float64]) -> NDArray[np.float32]:
-    """[N, 3] float32 unit normals of the surface through the points of each voxel of 2 cm.
-
-    Args:
-        coord: [N, 3] metres.
-        viewpoints: [K, 3], see `read_points`.
-    """
-    low, high = coord.min(axis=0), coord.max(axis=0)
-    cell = np.floor((coord - low) / _VOXEL).astype(np.int64)
-    sides = cell.max(axis=0) + 1
-    key = (cell[:, 0] * sides[1] + cell[:, 1]) * sides[2] + cell[:, 2]
-    _, inverse, count = np.unique(key, return_inverse=True, return_counts=True)
-    mean = np.stack([np.bincount(inverse, (coord - low)[:, axis]) / count for axis in range(3)], axis=1)
-    normal = estimate_normals(mean.astype(np.float32))
-    scanners = viewpoints if len(viewpoints) else ((low + high) / 2)[None]
-    _, nearest = require("scipy.spatial", "estimated normals", "datasets").cKDTree(scanners - low).query(mean)
-    away = np.einsum("nc,nc->n", normal, (scanners - low)[nearest] - mean) < 0
-    normal[away] *= -1
-    return normal[inverse]
 
 
 def _repaired(path: Path) -> bytes:

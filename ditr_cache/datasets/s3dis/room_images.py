@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ditr_cache.datasets.documents import read_json
 from ditr_cache.datasets.frames import first_image_size, rigid_pose, same_aspect
 from ditr_cache.datasets.images import read_color, read_depth
-from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.errors import DataError, MissingDataError, errors_at
 from ditr_cache.sample import Camera, View
 
 FOLDERS: Mapping[int, tuple[str, ...]] = {
@@ -39,7 +39,9 @@ DEPTH_UNITS = 512.0
 """Depth values per metre."""
 
 KINDS: Mapping[str, str] = {"rgb": "png", "depth": "png", "pose": "json"}
-IMAGES_DOWNLOAD = "area_{1,2,3,4,5a,5b,6}_no_xyz.tar of 2D-3D-S (https://github.com/alexsax/2D-3D-Semantics)"
+IMAGES_DOWNLOAD = (
+    "area_{1,2,3,4,5a,5b,6}_no_xyz.tar of 2D-3D-S (https://sdss.redivis.com/datasets/f304-a3vhsvcaf, table no_xyz)"
+)
 
 _MAX_SIDE = 2**15
 
@@ -181,7 +183,7 @@ def camera_of(k: NDArray[np.float64], size: tuple[int, int], where: str) -> Came
     Raises:
         DataError: singular intrinsics, or those of images of another shape.
     """
-    try:
+    with errors_at(where):
         if k.shape != (3, 3) or not np.isfinite(k).all():
             raise DataError(f"camera: expected 3x3 finite intrinsics, got {k.tolist()}")
         own = float(2 * k[0, 2]), float(2 * k[1, 2])
@@ -189,8 +191,6 @@ def camera_of(k: NDArray[np.float64], size: tuple[int, int], where: str) -> Came
             raise DataError(f"camera: principal point ({k[0, 2]:g}, {k[1, 2]:g}) is not the middle of an image")
         width, height = round(own[0]), round(own[1])
         camera = Camera.from_matrix(k, width=width, height=height)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
     if not same_aspect((width, height), size):
         raise DataError(
             f"{where}: its intrinsics are of {width}x{height} images, the room's first is {size[0]}x{size[1]}; cropped "

@@ -8,17 +8,16 @@ ROOT/Structured3D/scene_00000/2D_rendering/<room>/panorama/full/rgb_rawlight.png
 ```
 
 Downloads may be unpacked into one folder or each into a folder of its own, `ROOT/<any>/Structured3D/`. There are no
-point files: points are what perspectives and panorama of a room show, see `structured3d_renderings`. A sample is a
-room. Scenes and rooms that the authors call invalid (`errata.txt`) are left out. Coordinates are metres in
-the house's own frame, as the annotations have them, but for the unit.
+point files: points are what perspectives and panorama of a room show, see `renderings`. A sample is a room, its id as
+the errata write it, `scene_00000_room_485142`. Scenes and rooms that the authors call invalid (`errata.txt`) are left
+out. Coordinates are metres in the house's own frame, as the annotations have them, but for the unit.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,9 @@ from typing import ClassVar
 
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
 from ditr_cache.datasets.nyu40 import STRUCTURED3D25
+from ditr_cache.datasets.shipped import shipped_lines
 from ditr_cache.datasets.structured3d.renderings import Images, Rendering, open_rendering, room_points
-from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
+from ditr_cache.errors import DataError, MissingDataError, UsageError
 from ditr_cache.sample import Sample
 from ditr_cache.schema import LinkSettings
 
@@ -58,25 +58,32 @@ class _Room:
         """The file `relative`, or where it would be in the folder that holds what belongs to it."""
         places = [folder / relative for folder in self.folders]
         there = next((p for p in places if p.exists()), None)
-        return there or next((p for p in places if p.parent.is_dir()), places[0])
+        return there or next((p for p in places if _has_more_than_instances(p.parent)), places[0])
 
     def has(self, kind: str) -> bool:
-        """Whether renderings of `kind` were unpacked. The archive of boxes brings a panorama's instances alone."""
+        """Whether renderings of `kind` were unpacked: the archive of boxes brings folders with instances alone."""
         if kind == "perspective":
-            return self.find(_PERSPECTIVES).is_dir()
+            return any(_has_more_than_instances(path) for path in self._positions())
         return any(self.find(f"panorama/{name}").is_file() for name in ("camera_xyz.txt", "full/depth.png"))
 
     def names(self) -> Iterator[str]:
         """Names of the renderings: perspectives by their number, then the panorama."""
-        found = [f.iterdir() for folder in self.folders if (f := folder / _PERSPECTIVES).is_dir()]
-        positions = {path.name for paths in found for path in paths if _is_number(path.name)}
+        positions = {path.name for path in self._positions() if _has_more_than_instances(path)}
         yield from (f"{_PERSPECTIVES}/{position}" for position in sorted(positions, key=int))
         if self.has("panorama"):
             yield _PANORAMA
 
+    def _positions(self) -> Iterator[Path]:
+        """Folders of perspectives."""
+        for folder in self.folders:
+            if (folder / _PERSPECTIVES).is_dir():
+                yield from (path for path in (folder / _PERSPECTIVES).iterdir() if _is_number(path.name))
+
 
 class Structured3DDataset(Dataset):
     """Rooms of Structured3D, furnished (`full`), with the 25 classes that Swin3D and Pointcept keep of NYU40.
+
+    Splits are `train` (scenes 00000 to 02999), `val` (to 03249) and `test`, all with labels.
 
     Args:
         root: folder that holds `Structured3D/`, or one such folder per download; or that folder itself.
@@ -94,7 +101,7 @@ class Structured3DDataset(Dataset):
     needs: ClassVar[tuple[Need, ...]] = (
         Need(
             f"Structured3D/scene_<n>/2D_rendering/<room>/{_PERSPECTIVES}/<position>/",
-            "rgb_rawlight.png, depth.png, semantic.png, instance.png and camera_pose.txt: images, points, labels",
+            "rgb_rawlight.png, depth.png, semantic.png and camera_pose.txt: images, points, labels",
             "Structured3D_perspective_full_00.zip to _17.zip",
         ),
         Need(
@@ -105,8 +112,8 @@ class Structured3DDataset(Dataset):
             optional=True,
         ),
         Need(
-            f"Structured3D/scene_<n>/2D_rendering/<room>/{_PANORAMA}/instance.png",
-            "instances of the panorama: without it rooms with a panorama have no instances",
+            f"Structured3D/scene_<n>/2D_rendering/<room>/{{{_PERSPECTIVES}/<position>,{_PANORAMA}}}/instance.png",
+            "instances, of all renderings: without it there are none",
             "Structured3D_bbox.zip",
             optional=True,
         ),
@@ -141,25 +148,15 @@ class Structured3DDataset(Dataset):
         self._kinds = VIEWS[views]
         self._rooms = _list_rooms(root)
         self._look_for_views()
-        self._ids: dict[str, list[str]] = {split: [] for split in SPLITS}
-        for sample_id in sorted(self._rooms):
-            self._ids[_split_of(self._rooms[sample_id].scene)].append(sample_id)
+        self.ids = {
+            split: sorted(i for i, room in self._rooms.items() if _split_of_scene(room.scene) == split)
+            for split in SPLITS
+        }
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         """Classes by label index."""
         return tuple(STRUCTURED3D25.values())
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """`train` (scenes 00000 to 02999), `val` (to 03249) and `test`: all with labels."""
-        return SPLITS
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Sorted ids, as the errata write them: `scene_00000_room_485142`. Raises `UnknownNameError`."""
-        if split not in self._ids:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self._ids)
-        return self._ids[split]
 
     def sequence(self, sample_id: str) -> str:
         """The house that a room is part of."""
@@ -177,8 +174,7 @@ class Structured3DDataset(Dataset):
                 and its download.
             DataError: no rendering can be used.
         """
-        if sample_id not in self._rooms:
-            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._rooms)
+        split = self.split_of(sample_id)
         room = self._rooms[sample_id]
         renderings: list[Rendering] = []
         errors: dict[str, DataError] = {}
@@ -198,7 +194,7 @@ class Structured3DDataset(Dataset):
                 broken.append(("", self._without_views(room)))
         return Sample(
             id=sample_id,
-            split=_split_of(room.scene),
+            split=split,
             views=views,
             load_points=partial(room_points, renderings, where=sample_id, voxel_size=self.voxel_size),
             broken_views=tuple(broken),
@@ -262,7 +258,8 @@ def _list_rooms(root: Path) -> dict[str, _Room]:
     if not rooms:
         packed = next(iter(sorted(root.glob("Structured3D_*.zip"))), None)
         remedy = (
-            f"unpack the archives first: for f in {packed.parent}/*.zip; do unzip -q $f -d {packed.parent}; done"
+            f'unpack the archives first: for f in {packed.parent}/*.zip; do 7z x -y -o{packed.parent} "$f"; done '
+            "(unzip cannot read those of the perspectives)"
             if packed
             else "pass the folder that the downloads were unpacked into with --root"
         )
@@ -290,16 +287,20 @@ def _children(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def _has_more_than_instances(folder: Path) -> bool:
+    """Whether a folder holds a file of an archive of renderings, not only what the archive of boxes puts there."""
+    return folder.is_dir() and any(path.is_file() and path.name != "instance.png" for path in folder.iterdir())
+
+
 def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit()
 
 
 def _errata() -> set[str]:
-    text = (importlib.resources.files("ditr_cache.datasets.structured3d") / "errata.txt").read_text(encoding="utf-8")
-    return {line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")}
+    return set(shipped_lines("structured3d", "errata.txt"))
 
 
-def _split_of(scene: int) -> str:
+def _split_of_scene(scene: int) -> str:
     return "train" if scene < _FIRST_VAL else "val" if scene < _FIRST_TEST else "test"
 
 

@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 _GRAZING = 0.15  # least cosine between a ray and the surface's normal (Pointcept): pixels in mid-air have less
 _ANY_JUMP = 1e6  # of the depth, between neighbours: what is too much shows in the normal
 _BACKGROUND = 65535  # of instance.png
-_UPRIGHT = 0.02  # largest cosine between the view's direction and up: texts with two digits still pass
+_PARALLEL = 0.99  # cosine between the view's direction and up from which on they say nothing of the image's roll
 _SQUARE = 0.01  # by how much the sides of a pixel may differ
 _TEXT_BYTES = 4096  # of a camera's file, which holds twelve numbers
 
@@ -46,7 +46,7 @@ class Images:
         color: what the VFM sees.
         rawlight: the colours of the points.
         depth, semantic: see there.
-        instance: None where it was not downloaded.
+        instance: None where it was not downloaded; it comes with an archive of its own.
         pose: text file with the camera.
     """
 
@@ -125,11 +125,11 @@ def perspective_camera(path: Path, size: tuple[int, int], image: Path) -> tuple[
 
 
 def _rotation(forward: NDArray[np.float64], up: NDArray[np.float64], path: Path) -> NDArray[np.float64]:
-    """[3, 3] `world_from_camera` of a view's direction and the direction up in its image."""
+    """[3, 3] `world_from_camera` of a view's direction and what is up: of that, the part at a right angle to it."""
     length, up_length = float(np.linalg.norm(forward)), float(np.linalg.norm(up))
-    if min(length, up_length) < 1e-6 or abs(float(forward @ up)) > _UPRIGHT * length * up_length:
+    if min(length, up_length) < 1e-6 or abs(float(forward @ up)) > _PARALLEL * length * up_length:
         raise DataError(
-            f"{path}: expected a view direction and an up vector at right angles, got {forward.tolist()} and "
+            f"{path}: expected a view direction and another direction that is up, got {forward.tolist()} and "
             f"{up.tolist()}; the file is damaged, unpack it again"
         )
     forward = forward / length
@@ -184,7 +184,7 @@ def room_points(renderings: Sequence[Rendering], *, where: str, voxel_size: floa
     """The first point in every voxel of all that the renderings show, in their order.
 
     A rendering that cannot be read is left out, with a logged warning. There are instances where every rendering has
-    them.
+    a file of them.
 
     Args:
         renderings: of one room.
@@ -200,7 +200,7 @@ def room_points(renderings: Sequence[Rendering], *, where: str, voxel_size: floa
     def readable() -> Iterator[Points]:
         for rendering in renderings:
             try:
-                yield rendering_points(rendering, instances=instances)
+                yield rendering_points(rendering, instances=instances, where=where)
             except DataError as error:
                 failures.append(str(error))
                 _LOG.warning("%s: its points do without %s: %s", where, rendering.view.id, error)
@@ -215,7 +215,7 @@ def room_points(renderings: Sequence[Rendering], *, where: str, voxel_size: floa
     return points
 
 
-def rendering_points(rendering: Rendering, *, instances: bool) -> Points:
+def rendering_points(rendering: Rendering, *, instances: bool, where: str) -> Points:
     """The points that one rendering shows, in the order of its pixels.
 
     Left out are pixels without depth, those at the border of the image or of what has depth, and those that see their
@@ -223,10 +223,12 @@ def rendering_points(rendering: Rendering, *, instances: bool) -> Points:
 
     Args:
         rendering: see there.
-        instances: whether to read instances, too.
+        instances: whether to read instances, too; where these alone cannot be read, its points are of none, with a
+            logged warning.
+        where: names the room in it.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: an image other than that of instances cannot be read.
     """
     view, images = rendering.view, rendering.images
     assert view.load_depth is not None
@@ -243,8 +245,12 @@ def rendering_points(rendering: Rendering, *, instances: bool) -> Points:
     normal = np.where(smooth.any(axis=2, keepdims=True), smooth, sharp)[keep]
     instance = None
     if instances and images.instance is not None:
-        ids = read_ids(images.instance, size=size, where=str(images.instance))[keep]
-        instance = np.where(ids == _BACKGROUND, -1, ids).astype(np.int32)
+        try:
+            ids = read_ids(images.instance, size=size, where=str(images.instance))[keep]
+            instance = np.where(ids == _BACKGROUND, -1, ids).astype(np.int32)
+        except DataError as error:
+            _LOG.warning("%s: the points of %s are of no instance: %s", where, view.id, error)
+            instance = np.full(int(keep.sum()), -1, dtype=np.int32)
     world_from_camera = np.linalg.inv(view.camera_from_world)
     rotation, place = world_from_camera[:3, :3], world_from_camera[:3, 3]
     return Points(

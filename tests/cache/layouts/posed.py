@@ -5,6 +5,7 @@ Facts and their sources; nerfstudio at 50e0e3c, COLMAP at 5d968cf, Instant-NGP a
 - nerfstudio `docs/quickstart/data_conventions.md`: `transform_matrix` is camera-to-world with OpenGL axes; depth is 16
   or 32 bit, millimetres, 0 unknown, resized to the image; intrinsics stand at the top or in every frame. `cameras.py`:
   the centre of pixel 0 is at 0.5; equirectangular with fl_x = w/2 and fl_y = h has -z in the middle.
+- `nerfstudio_dataparser.py`: `distortion_params` in the file or in frames are k1 to k4, p1, p2, and win over `k1` etc.
 - `process_data/colmap_utils.py`: `applied_transform` takes the original world to the saved one; poses and the points of
   `ply_file_path` both are saved ones, `colmap/sparse/0` beside stays original. With several COLMAP cameras all
   intrinsics, `camera_model` too, move into the frames. `nerfstudio_dataparser.py` agrees, and uses `*_filenames`.
@@ -139,6 +140,7 @@ def write(
     labels: bool = True,
     applied_transform: bool = False,
     per_frame_intrinsics: bool = False,
+    distortion_list: bool = False,
     listed: bool | None = None,
     rig: bool = True,
     dense: bool = False,
@@ -163,6 +165,7 @@ def write(
         labels: write labels and `classes.*`.
         applied_transform: nerfstudio's, with COLMAP's model in the original world beside.
         per_frame_intrinsics: two cameras, whose intrinsics stand in the frames. COLMAP always has two.
+        distortion_list: nerfstudio's `distortion_params` instead of single keys.
         listed: `ply_file_path` names the cloud, which then is in the saved world. Default: for PLY and PCD.
         rig: newer COLMAP's `rigs` and `frames`.
         dense: COLMAP's dense workspace, `fused.ply` and depth maps of its own; only without distortion.
@@ -204,7 +207,8 @@ def write(
                 _write_colmap_depth(capture, shots, dense=dense, depth=depth, count=count)
         else:
             path = file_name if named else None
-            _write_transforms(capture, shots, saved_from_data, path, depth=depth, applied=applied_transform)
+            settings = {"depth": depth, "applied": applied_transform, "distortion_list": distortion_list}
+            _write_transforms(capture, shots, saved_from_data, path, **settings)
             if applied_transform and kind == "nerfstudio":
                 _write_colmap(capture / "colmap/sparse/0", shots, places, binary=binary, rig=rig)
         truth = Truth(
@@ -303,7 +307,14 @@ def _save_depth(depth: Array, unit: float, path: Path) -> None:
 
 
 def _write_transforms(
-    capture: Path, shots: _Shots, saved_from_data: Array, cloud: str | None, *, depth: bool, applied: bool
+    capture: Path,
+    shots: _Shots,
+    saved_from_data: Array,
+    cloud: str | None,
+    *,
+    depth: bool,
+    applied: bool,
+    distortion_list: bool,
 ) -> None:
     ngp, dots = shots.kind == "ngp", "./" if shots.index % 2 else ""
     unit = 10 * shots.world.scale / 65535 if ngp else 1e-3
@@ -318,9 +329,11 @@ def _write_transforms(
         if depth:
             frame["depth_path" if ngp else "depth_file_path"] = f"{dots}depth/{name}"
             _save_depth(shots.depth(n), unit, capture / "depth" / name)
-        frame |= _intrinsics(shots.lenses[n], ngp=ngp) if shots.per_frame else {}
+        frame |= _intrinsics(shots.lenses[n], ngp=ngp, listed=distortion_list) if shots.per_frame else {}
         frames.append(frame)
-    meta: dict[str, Any] = {} if shots.per_frame else _intrinsics(shots.lenses[0], ngp=ngp)
+    meta: dict[str, Any] = {}
+    if not shots.per_frame:
+        meta |= _intrinsics(shots.lenses[0], ngp=ngp, listed=distortion_list)
     if ngp:
         meta |= {"aabb_scale": 16, "scale": 0.33, "offset": [0.5, 0.5, 0.5]}
         meta |= {"enable_depth_loading": True, "integer_depth_scale": unit} if depth else {}
@@ -335,9 +348,12 @@ def _write_transforms(
     (capture / "transforms.json").write_text(json.dumps(meta, indent=4), encoding="utf-8")
 
 
-def _intrinsics(lens: _Lens, *, ngp: bool) -> dict[str, Any]:
+def _intrinsics(lens: _Lens, *, ngp: bool, listed: bool) -> dict[str, Any]:
     if not ngp:
-        return lens.named() | {"camera_model": lens.model}
+        keys = lens.named() | {"camera_model": lens.model}
+        if listed:
+            keys["distortion_params"] = [keys.pop(name, 0.0) for name in ("k1", "k2", "k3", "k4", "p1", "p2")]
+        return keys
     angle = 2 * math.atan(lens.width / 2 / lens.fx)
     if not lens.k:
         return {"camera_angle_x": angle}

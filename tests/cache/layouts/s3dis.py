@@ -1,8 +1,9 @@
 """S3DIS (two releases of its points) and the images of 2D-3D-S beside it, as their authors publish them.
 
 Facts and their sources: P = Pointcept `preprocessing/s3dis/preprocess_s3dis.py`, D = VisualComputingInstitute/ditr
-`preprocessing/s3dis/prepare_raw_data.py`, R = README of alexsax/2D-3D-Semantics, Q = lines of the release quoted in
-issue threads, T = clean-up code of torch-pointcloud, M = measured on the release by others.
+`preprocessing/s3dis/prepare_raw_data.py`, V = drprojects/DeepViewAgg `torch_points3d/datasets/segmentation/s3dis.py`,
+R = README of alexsax/2D-3D-Semantics, Q = lines of the release quoted in issue threads, T = clean-up code of
+torch-pointcloud, M = measured on the release by others.
 
 - `Area_N/<room>/Annotations/<class>_<i>.txt` holds `x y z r g b` per line; classes beside the 13 (`stairs`) count as
   clutter; the users' order is that of the files sorted by name as text (chair_10 before chair_2), an instance is a
@@ -18,6 +19,8 @@ issue threads, T = clean-up code of torch-pointcloud, M = measured on the releas
   aligned = R_z(-angle) (p - c) + c, c = (min + max) / 2 of the room's points; the box keeps its middle, so c can be
   read off either release. That the Aligned release itself turns by this sign, and whether it ships these files (P's
   author: no; T reads them from its zip), is unchecked. The angles below are not the real ones.
+- In v1.2, Area_2/hallway_11 and Area_5/hallway_6 are turned by 180 degrees about the middle of their box against the
+  poses (V; of the aligned release nobody says). Written so: `turned_against_images`.
 - Known damage, bit 5 of one byte cleared (' ' -> \\x00, '0' -> \\x10, '6' -> \\x16; Q). Aligned:
   Area_5/hallway_6/Annotations/ceiling_1.txt:180389 `185\\x00187 182`, Area_3/hallway_2/hallway_2.txt:926337
   `-9.1\\x160`, Area_2/auditorium_1/auditorium_1.txt:741101 `167.\\x1000000`; v1.2:
@@ -77,6 +80,10 @@ class Room:
         return f"Area_{self.area}_{self.name}"
 
     @property
+    def turned_in_v1_2(self) -> int:
+        return 180 if self.sample_id == "Area_5_hallway_6" else 0
+
+    @property
     def area_from_world(self) -> Array:
         matrix = np.eye(4)
         matrix[:3, :3], matrix[:3, 3] = _turn(np.degrees(self.yaw)), self.shift
@@ -108,6 +115,7 @@ def write(
     with_images: bool = True,
     broken_line: bool = False,
     angle_files: bool = True,
+    turned_against_images: int | None = None,
     duplicate_wall: Literal["", "kept", "dropped"] = "",
     orphans: bool = False,
     holes: bool = True,
@@ -125,6 +133,8 @@ def write(
         broken_line: damage the annotation that is damaged in the release (aligned: hallway_6, v1.2: office_19); the
             truth is the number meant.
         angle_files: whether the points come with `Area_N_alignmentAngle.txt`.
+        turned_against_images: degrees by which Area_5/hallway_6 is turned against its poses, before it is aligned;
+            None: as is known of the release.
         duplicate_wall: add `wall_3 (1).txt`, as in Area_5/office_36, to Area_5/office_19; the truth counts its points
             ("kept", as Pointcept does) or not ("dropped").
         orphans: leave a pose without an image and an image without a pose (DeepViewAgg drops both).
@@ -134,7 +144,11 @@ def write(
     """
     truths, quads = [], {}
     for number, room in enumerate(r for r in ROOMS if r.area in areas):
-        truth = _points(root / RELEASES[release], room, world, release == "aligned", duplicate_wall, count, number)
+        against = room.turned_in_v1_2 if release == "v1.2" else 0
+        if turned_against_images is not None and room.turned_in_v1_2:
+            against = turned_against_images
+        turns = (against, -room.angle if release == "aligned" else 0)
+        truth = _points(root / RELEASES[release], room, world, turns, duplicate_wall, count, number)
         if broken_line:
             _break(root / RELEASES[release] / f"Area_{room.area}" / room.name, release)
         if with_images:
@@ -163,15 +177,21 @@ def write(
 
 def aligned(truth: Truth) -> Truth:
     """The truth of a room of v1.2 in the room's canonical frame, as the Aligned release and Pointcept have it."""
-    angle = next(room.angle for room in ROOMS if room.sample_id == truth.sample_id)
-    channels = {**truth.channels, "normal": (truth.channels["normal"] @ _turn(-angle).T).astype(np.float32)}
-    return replace(truth, coord=_align(truth.coord, angle), channels=channels)
+    return turned(truth, -next(room.angle for room in ROOMS if room.sample_id == truth.sample_id))
+
+
+def turned(truth: Truth, degrees: int) -> Truth:
+    """The truth of a room turned about the middle of its box."""
+    channels = {**truth.channels, "normal": (truth.channels["normal"] @ _turn(degrees).T).astype(np.float32)}
+    return replace(truth, coord=_about_the_middle(truth.coord, degrees), channels=channels)
 
 
 # --- points ---------------------------------------------------------------------------------------------------------
 
 
-def _points(release: Path, room: Room, world: World, turned: bool, duplicate_wall: str, count: int, seed: int) -> Truth:
+def _points(
+    release: Path, room: Room, world: World, turns: tuple[int, int], duplicate_wall: str, count: int, seed: int
+) -> Truth:
     places, surface = world.points(count, seed)
     corners = [(i, corner) for i, (_, quad) in enumerate(world.quads()) for corner in _inset(quad)]
     # The corners make the box of the points that of the mesh, nearly: Pointcept crops the mesh with it.
@@ -187,10 +207,10 @@ def _points(release: Path, room: Room, world: World, turned: bool, duplicate_wal
 
     coord = np.round(places @ room.area_from_world[:3, :3].T + room.area_from_world[:3, 3], 3)
     normal = INWARD[surface] @ room.area_from_world[:3, :3].T
-    if turned:
-        coord, normal = _align(coord, room.angle), normal @ _turn(-room.angle).T
+    for degrees in turns:
+        coord, normal = _about_the_middle(coord, degrees), normal @ _turn(degrees).T
     color = np.rint(world.color(places)).astype(np.uint8)
-    plain = turned and room.angle == 0
+    plain = release.name == RELEASES["aligned"] and room.angle == 0
     text = "%.3f %.3f %.3f %d %d %d\n" if plain else "%f %f %f %f %f %f\n"
     lines = [text % tuple(row) for row in np.concatenate([coord, color], axis=1)]
     folder = release / f"Area_{room.area}" / room.name
@@ -253,9 +273,9 @@ def _turn(degrees: float) -> Array:
     return np.round([[c, -s, 0], [s, c, 0], [0, 0, 1]], 15)
 
 
-def _align(coord: Array, angle: int) -> Array:
+def _about_the_middle(coord: Array, degrees: int) -> Array:
     center = (coord.min(axis=0) + coord.max(axis=0)) / 2
-    return np.round((coord - center) @ _turn(-angle).T + center, 6)
+    return np.round((coord - center) @ _turn(degrees).T + center, 6)
 
 
 def _inset(quad: Array) -> Array:

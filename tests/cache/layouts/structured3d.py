@@ -6,7 +6,9 @@ Facts, and where they come from ("devkit" is github bertjiazheng/Structured3D at
 - Folders, files, keys of the JSON files: devkit data_organization.md. Every download holds `Structured3D/scene_NNNNN/`:
   `Structured3D_panorama_00..17.zip`, `_perspective_full_00..17.zip`, `_perspective_empty_00..17.zip` (200 scenes each;
   #30: full_08 and full_09 both hold 01800-01999, so 01600-01799 have no perspectives), `_annotation_3d.zip`, and
-  `_bbox.zip` with `bbox_3d.json` and the `instance.png` of panoramas (#37, #46, #47). Users keep them zipped
+  `_bbox.zip` with `bbox_3d.json` and every `instance.png`, of perspectives and panoramas (#37, #46, #47; also of rooms
+  whose renderings were never released). unzip cannot read the archives of perspectives, 7z can (#22, #46); some of the
+  panoramas have wrong checksums (#43, #65), one instance.png another size (#63). Users keep them zipped
   (Pointcept's README), unpacked into one folder, or each in a folder of its own (#43).
 - World: millimetres, z up, right-handed, floor at z = 0 (devkit misc/utils.py, visualize_mesh.py).
 - camera_pose.txt: `vx vy vz tx ty tz ux uy uz xfov yfov 1`: place, view direction, up, half-angles in radians
@@ -161,6 +163,9 @@ ERRATA = (("scene_03398", "512"), ("scene_03120", "830640"))
 NOT_DOWNLOADED = ("scene_00201", "22735")
 """`_annotation_3d.zip` and `_bbox.zip` span all scenes, so they unpack beside renderings nobody downloaded."""
 
+NEVER_RELEASED = ("scene_01600", "2371")
+"""A room whose perspectives are in no archive, though their instances are in `_bbox.zip`."""
+
 
 def write(
     root: Path,
@@ -172,6 +177,7 @@ def write(
     leave_out: Collection[str] = (),
     errata: bool = True,
     flying: bool = False,
+    never_released: bool = False,
     points: int = 8_000,
     seed: int = 0,
 ) -> list[Truth]:
@@ -190,6 +196,7 @@ def write(
         leave_out: downloads that are not there: panorama, perspective_full, perspective_empty, annotation_3d, bbox.
         errata: add rooms that the errata call invalid, and a house of which there are annotations only.
         flying: antialias depth, as the release does: the borders of objects then lie in mid-air.
+        never_released: add `NEVER_RELEASED`, otherwise like the first room; it has no truth of its own.
         points: number of places per room, before those without a reading are dropped.
         seed: of the places.
     """
@@ -211,6 +218,8 @@ def write(
         for scene, room_id in ERRATA:
             _repeat(files, ROOMS[-1], scene, room_id)
         _repeat(files, ROOMS[0], *NOT_DOWNLOADED, only=("annotation_3d", "bbox"))
+    if never_released:
+        _repeat(files, ROOMS[0], *NEVER_RELEASED, only=("annotation_3d", "bbox", "panorama"))
     _store(root, {name: content for name, content in files.items() if name not in leave_out}, packing)
     return truths
 
@@ -316,7 +325,7 @@ def _add_view(files: Files, room: Room, world: World, name: str, eye: Eye, fine:
         below = f"{folder}/{name.replace('full', configuration)}"
         images = _images(room, world, eye, rays, fine, hidden, level)
         if configuration == "full":
-            files.setdefault("bbox" if level else download, {})[f"{below}/instance.png"] = images["instance.png"]
+            files.setdefault("bbox", {})[f"{below}/instance.png"] = images["instance.png"]
         del images["instance.png"]
         if not level:
             _, down, forward = (matrix[:3, :3] @ eye.camera_from_world[:3, :3].T).T

@@ -15,18 +15,20 @@ Facts and their sources (WOD: github.com/waymo-research/waymo-open-dataset at 99
   `vehicle_pose`. The other lidars' images are virtual, already in the vehicle's frame (`dataset.proto`, RangeImage).
   The poses of pixels without a return may be zeros (gdlg/simple-waymo-open-dataset-reader PR 6).
 * `frame_timestamp_micros` is the first TOP scan's; the frame's pose is roughly that of its middle (`dataset.proto`).
-* Transforms are row-major double [16]. Camera frame x forward, y left, z up: OpenCV's distortion of (-y / x, -z / x);
-  u = 0 is the left edge of pixel 0 (`wdl_limited/camera/camera_model.cc`). `camera_image.pose` is world from vehicle at
-  `pose_timestamp` (seconds).
+* Transforms are row-major double [16] (`v2/perception/camera_image_test.py`; happyhj, from real files). Camera frame x
+  forward, y left, z up: OpenCV's distortion of (-y / x, -z / x); u = 0 is the left edge of pixel 0
+  (`wdl_limited/camera/camera_model.cc`). `camera_image.pose` is world from vehicle at `pose_timestamp` (seconds).
 * Projections: the first two cameras in the order of their numbers, 0 for none (`v2/perception/lidar.py`); made by the
-  camera model's world_to_image (WOD issue 85), which knows nothing of occlusion.
+  camera model's world_to_image (WOD issue 85), which knows nothing of occlusion; rounded down (WOD issue 146).
+* A lidar without any return in a frame has no row, in `lidar` and `lidar_camera_projection` alike; one return may be
+  null (`v2/perception/compat_v1/lidar.py`: "Skip if both returns are None").
 * Labels [H, W, 2] = instance, class; TOP only, some frames only, none in testing; ids: `protos/segmentation.proto`.
   Instance -1 for stuff (happyhj/waymo-perception-studio, from real files). Names: Pointcept `configs/waymo`. Test
   frames: WOD `tutorial/3d_semseg_test_set_frames.txt`, lines `context,timestamp`; it has one of the two here.
 * Rows of two components come in different orders (WOD issues 656, 691; tutorial_v2.ipynb has cameras 1, 2, 4, 3). Row
   groups cut through frames (256 rows of 5 lasers), BROTLI (happyhj). First column: a string `index` (lkk688).
 
-Not checked, no release at hand: what `index` says; that projections are rounded down, and hold 0 where no point is.
+Not checked, no release at hand: what `index` says; that projections hold 0 where no point is.
 
 Not as released, on purpose: a global shutter, so that one `Eye` is the truth; a shorter focal length and a stronger
 distortion, so that ignoring it shows; small images; two frames a segment; 18 m/s in a closed room; none of the
@@ -424,6 +426,7 @@ def write(
     image_scale: float = 0.15,
     order: Literal["laser", "return"] = "laser",
     empty_laser: int | None = None,
+    missing_laser: int | None = None,
     null_second: int | None = None,
     row_group_size: int = 4,
     seed: int = 0,
@@ -441,6 +444,7 @@ def write(
         order: of the points in the truth: for each laser in the order of their numbers return 1, then return 2; or
             return 1 of all lasers, then return 2 of all, as Pointcept's preprocess_waymo.py has it.
         empty_laser: number of a lidar whose range images hold no return.
+        missing_laser: number of a lidar that had no return, either, and so has no row; not TOP.
         null_second: number of a lidar whose second return is null, which the component's schema permits.
         row_group_size: rows per row group; 4 cuts through frames as the release's 256 do.
         seed: of everything random.
@@ -479,11 +483,13 @@ def write(
                 tables["camera_image"][*key, camera.name] = cells
             scans, projections = [], []
             for laser in lasers:
-                scan = _scan(world, laser, drive, begin, frame_pose, rng, laser.name == empty_laser)
+                scan = _scan(world, laser, drive, begin, frame_pose, rng, laser.name in (empty_laser, missing_laser))
                 if laser.name == null_second:
                     scan.image[1] = -1
                 projections.append(_projection(scan, eyes.values()))
                 scans.append(scan)
+                if laser.name == missing_laser:
+                    continue
                 keep = slice(0, 1) if laser.name == null_second else slice(None)
                 for name, images in (("lidar", scan.image), ("lidar_camera_projection", projections[-1])):
                     pair = [*images[keep], None][:2]
