@@ -28,6 +28,9 @@ from ditr_cache.datasets.semantickitti.odometry import Calibration, OdometryFold
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
 from ditr_cache.schema import IGNORE_INDEX
 from ditr_train.benchmark_labels import SEMANTICKITTI
+from ditr_train.evaluate import evaluate
+from ditr_train.recipe import parse_recipe
+from ditr_train.trainer import train
 from layouts import semantickitti as layout
 from support import Run
 from world import Truth, World
@@ -187,6 +190,7 @@ def test_classes_splits_and_defaults(release: Release, extracted: Extracted) -> 
     assert semantickitti.SPLITS == {"train": layout.TRAIN, "val": layout.VALIDATION, "test": layout.TEST}
     counts = {split: sum(semantickitti.SCANS[s] for s in of) for split, of in semantickitti.SPLITS.items()}
     assert counts == {"train": 19130, "val": 4071, "test": 20351}
+    assert dataset.release.samples == dataset.release.images == 43_552
     defaults = dataset.defaults
     assert (defaults.grid, defaults.layout, defaults.links.occlusion) == ((27, 89), "views", "none")
     assert (27 * 14, 89 * 14) == (378, 1246)  # DITR's image size, of ViT patches of 14
@@ -227,6 +231,51 @@ def test_partitions_are_of_one_sequence(tmp_path: Path) -> None:
         ("07-000000", 3), ("08-000000", 64), ("08-000064", 64), ("08-000128", 2),
     ]  # fmt: skip
     assert found[1].sample_ids[:2] == ("08/000000", "08/000001")
+
+
+def test_kitti_odometry_without_semantickitti(release: Release, extract_release, tmp_path: Path) -> None:
+    """No file of labels is asked for, and none is read or listed."""
+    root = tmp_path / "kitti"
+    shutil.copytree(release.root, root, ignore=shutil.ignore_patterns("labels"))
+    with pytest.raises(MissingDataError, match=r"labels/000000\.label: no such file; .*, or --option labels=none$"):
+        open_dataset(NAME, root).read("08/000000")
+    labels = root / "dataset/sequences/08/labels"
+    labels.mkdir()
+    for name in ("000000.label", "000007.label"):  # unreadable, and without its scan
+        (labels / name).write_bytes(b"?")
+    run = extract_release(root, tmp_path / "cache", options={"labels": "none"})
+    assert run.totals.failures == [] and run.cache.metadata.dataset_options == {"labels": "none"}
+    assert run.cache.samples_with() == [truth.sample_id for truth in release.truths]
+    for truth in release.truths:
+        bare = replace(truth, label=None)
+        assert as_written(run, bare, root) and run.sample(truth.sample_id).split == truth.split
+        assert run.sample(truth.sample_id).segment is None and run.sample(truth.sample_id).instance is None
+
+
+def test_a_test_split_is_predicted_with_and_without_labels(tmp_path: Path, extract_release) -> None:
+    """A run on a cache with labels writes the server's files from one without: what it predicts from is the same."""
+    root = tmp_path / "release"
+    layout.write(root, world=WORLD, scans=1, azimuths=20, image_scale=0.1)
+    labelled, bare = (
+        extract_release(root, tmp_path / labels, options={"labels": labels}) for labels in ("official", "none")
+    )
+    recipe = parse_recipe(
+        {
+            "cache": str(tmp_path / "official"),
+            "data": {"grid_size": 0.2, "feat": ["coord", "strength"], "batch_size": 1, "workers": 0},
+            "model": {"backbone": {"stem_channels": 8, "stem_kernel_size": 3, "channels": [8, 8], "layers": [1, 1]}},
+            "training": {"steps": 1},
+        }
+    )
+    train(recipe, tmp_path / "run", device="cpu", quiet=True)
+    written = []
+    for run in (labelled, bare):
+        out = tmp_path / f"{run.cache.paths.root.name}-predictions"
+        results = evaluate(tmp_path / "run", "test", submission=out, cache=str(run.cache.paths.root), device="cpu")
+        assert results["samples"] == 1 and not results["labelled"] and Path(results["submission"]).is_file()
+        written.append(np.fromfile(out / "sequences/13/predictions/000000.label", "<u4"))
+    assert np.array_equal(*written) and set(written[0]) <= set(SEMANTICKITTI.values())
+    assert len(written[0]) == len(read_points(root / "dataset/sequences/13/velodyne/000000.bin", None).coord)
 
 
 def test_an_unknown_split_and_unknown_samples(release: Release) -> None:

@@ -1,9 +1,9 @@
 """nuScenes in its official layout: the keyframes of the lidar, its six cameras, and lidarseg's labels.
 
 ```
-ROOT/v1.0-trainval/*.json  v1.0-test/*.json  v1.0-mini/*.json        tables, see `nuscenes_tables`
+ROOT/v1.0-trainval/*.json  v1.0-test/*.json  v1.0-mini/*.json        tables, see `tables`
 ROOT/samples/LIDAR_TOP/*.pcd.bin  samples/CAM_*/*.jpg                 keyframes
-ROOT/lidarseg/v1.0-trainval/<token>_lidarseg.bin                      labels, see `nuscenes_labels`
+ROOT/lidarseg/v1.0-trainval/<token>_lidarseg.bin                      labels, see `labels`
 ```
 
 A sample is one keyframe. Its id is the token of the lidar's `sample_data`, which names its label file and its
@@ -15,7 +15,6 @@ the map, from there by its pose at the image's time to the car, and to the camer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -39,7 +38,7 @@ from ditr_cache.datasets.nuscenes.release import (
     versions,
 )
 from ditr_cache.datasets.nuscenes.tables import CAMERAS, LIDAR, Frame, Pose
-from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
+from ditr_cache.errors import DataError, MissingDataError, errors_at
 from ditr_cache.sample import Camera, Points, Sample, View
 from ditr_cache.schema import LinkSettings
 
@@ -62,6 +61,9 @@ _UNIT_TOLERANCE = 1e-3  # of a quaternion's length; the release's are exact to 1
 
 class NuScenesDataset(Dataset):
     """nuScenes with the 16 classes of its lidar segmentation benchmark.
+
+    Splits are `train` and `val` (of v1.0-mini its own: `mini_train` and `mini_val`), and `test` where v1.0-test is
+    read; their ids are in the order of scenes and of time.
 
     Args:
         root: folder that the archives were unpacked in. Samples whose tables are there are the dataset: those whose
@@ -127,30 +129,19 @@ class NuScenesDataset(Dataset):
 
     def __init__(self, root: Path, *, version: str = "auto", labels: str = "lidarseg") -> None:
         self.root = root
-        self._releases = [NuScenesRelease(root, name, labelled=labels != "none") for name in versions(root, version)]
-        self._ids = {split: ids for release in self._releases for split, ids in release.ids.items()}
-        self._release_of = {i: release for release in self._releases for ids in release.ids.values() for i in ids}
+        releases = [NuScenesRelease(root, name, labelled=labels != "none") for name in versions(root, version)]
+        self.ids = {split: ids for release in releases for split, ids in release.ids.items()}
+        self._release_of = {i: release for release in releases for ids in release.ids.values() for i in ids}
         if not self._release_of:
             raise MissingDataError(
-                f"dataset {self.name!r} at {str(root)!r}: the tables of {', '.join(r.name for r in self._releases)} "
-                f"list no sample of an official scene; unpack {META[self._releases[0].name]} again ({PAGE})"
+                f"dataset {self.name!r} at {str(root)!r}: the tables of {', '.join(r.name for r in releases)} "
+                f"list no sample of an official scene; unpack {META[releases[0].name]} again ({PAGE})"
             )
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         """Classes by label index."""
         return nuscenes_labels.classes()
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """`train` and `val` (of v1.0-mini its own: `mini_train` and `mini_val`), and `test` where v1.0-test is read."""
-        return tuple(self._ids)
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Ids of one split, in the order of scenes and of time. Raises `UnknownNameError` for an unknown split."""
-        if split not in self._ids:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self._ids)
-        return self._ids[split]
 
     def sequence(self, sample_id: str) -> str:
         """The scene that a sample belongs to.
@@ -171,15 +162,13 @@ class NuScenesDataset(Dataset):
             DataError: the lidar's calibration or pose cannot be used.
         """
         if sample_id not in self._release_of:
-            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, self._release_of)
+            raise self.unknown_sample(sample_id, self._release_of)
         release = self._release_of[sample_id]
         scene = release.tables.scene(sample_id)
         remedy = f"unpack {release.archive(scene)} ({PAGE})"
         lidar = release.tables.frame(sample_id, LIDAR)
-        try:
+        with errors_at(f"sample {sample_id!r} of {scene}"):
             global_from_lidar = global_from_sensor(lidar)
-        except DataError as error:
-            raise DataError(f"sample {sample_id!r} of {scene}: {error}") from error
         scan = released_file(self.root, lidar.filename, remedy)
         labels = release.label_file(sample_id)
         views: list[View] = []
@@ -229,10 +218,8 @@ def global_from_sensor(frame: Frame) -> NDArray[np.float64]:
         )
     matrices = []
     for table, pose in (("ego_pose", frame.global_from_ego), ("calibrated_sensor", frame.sensor.ego_from_sensor)):
-        try:
+        with errors_at(f"{channel}, {table}"):
             matrices.append(rigid(pose))
-        except DataError as error:
-            raise DataError(f"{channel}, {table}: {error}") from error
     global_from_ego, ego_from_sensor = matrices
     return global_from_ego @ ego_from_sensor
 
@@ -311,11 +298,9 @@ def read_points(
     segment = None
     if labels is not None and categories is not None:
         segment = read_labels(labels, count, categories, lidarseg_remedy)
-    try:
+    with errors_at(path):
         return Points(
             coord=np.ascontiguousarray(scan[:, :3]),
             strength=(scan[:, 3] / MAX_STRENGTH).astype(np.float32),
             segment=segment,
         )
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error

@@ -9,8 +9,6 @@ indices.
 
 from __future__ import annotations
 
-import csv
-import importlib.resources
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,25 +17,21 @@ from numpy.typing import NDArray
 
 from ditr_cache.datasets.base import ClassInfo
 from ditr_cache.datasets.json_rows import rows
+from ditr_cache.datasets.shipped import row_color, shipped_rows
 from ditr_cache.errors import DataError, MissingDataError
 from ditr_cache.schema import IGNORE_INDEX
 
 _UNKNOWN = -2
 
 
-@lru_cache(maxsize=1)
-def _table() -> tuple[dict[str, str], ...]:
-    text = (importlib.resources.files("ditr_cache.datasets.nuscenes") / "classes.tsv").read_text(encoding="utf-8")
-    return tuple(csv.DictReader(text.splitlines(), delimiter="\t"))
+def _table() -> list[dict[str, str]]:
+    return shipped_rows("nuscenes", "classes.tsv")
 
 
 @lru_cache(maxsize=1)
 def classes() -> tuple[ClassInfo, ...]:
     """The 16 classes, by label index: the benchmark's class 1 is index 0."""
-    found = {
-        int(row["train_id"]): ClassInfo(row["train_name"], (int(row["r"]), int(row["g"]), int(row["b"])))
-        for row in _table()
-    }
+    found = {int(row["train_id"]): ClassInfo(row["train_name"], row_color(row)) for row in _table()}
     return tuple(found[i] for i in range(1, len(found)))
 
 

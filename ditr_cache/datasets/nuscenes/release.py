@@ -7,7 +7,6 @@ utils/splits.py there.
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from ditr_cache.datasets.json_rows import rows
 from ditr_cache.datasets.nuscenes.labels import index_of_category
 from ditr_cache.datasets.nuscenes.tables import Tables
-from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.datasets.shipped import shipped_lines
+from ditr_cache.errors import DataError, MissingDataError, shortened
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ SCENES_PER_ARCHIVE = 85
 @lru_cache(maxsize=8)
 def scene_list(name: str) -> tuple[str, ...]:
     """Names of the scenes of an official list."""
-    path = importlib.resources.files("ditr_cache.datasets.nuscenes") / "splits" / f"{name}.txt"
-    return tuple(path.read_text(encoding="utf-8").split())
+    return tuple(shipped_lines("nuscenes/splits", f"{name}.txt"))
 
 
 def archive_number(scene: str) -> int:
@@ -88,7 +87,7 @@ class NuScenesRelease:
         if unlisted:
             _LOG.warning(
                 "%s: %d scenes are in no official list of %s and are left out: %s",
-                folder, len(unlisted), name, ", ".join(sorted(unlisted)[:5]) + (", ..." if len(unlisted) > 5 else ""),
+                folder, len(unlisted), name, shortened(sorted(unlisted)),
             )  # fmt: skip
 
     def archive(self, scene: str) -> str:

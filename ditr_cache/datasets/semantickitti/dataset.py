@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.base import SCANS_PER_PARTITION, ClassInfo, Dataset, Defaults, Need
+from ditr_cache.datasets.base import SCANS_PER_PARTITION, ClassInfo, Dataset, Defaults, Need, Option, Release
 from ditr_cache.datasets.frames import first_image_size
 from ditr_cache.datasets.images import read_color
 from ditr_cache.datasets.semantickitti import labels as semantickitti_labels
@@ -32,9 +32,8 @@ from ditr_cache.datasets.semantickitti.odometry import (
     OdometryFolders,
     check_times,
     read_calibration,
-    shortened,
 )
-from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
+from ditr_cache.errors import DataError, MissingDataError, errors_at, shortened
 from ditr_cache.pointcloud.readers import open_cloud
 from ditr_cache.sample import Camera, Points, Sample, View
 from ditr_cache.schema import LinkSettings
@@ -47,6 +46,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "test": ("11", "12", "13", "14", "15", "16", "17", "18", "19", "20", "21"),
 }
 """Split -> its sequences: `split` of SemanticKITTI's `config/semantic-kitti.yaml`."""
+
+_SPLIT_OF = {sequence: split for split, sequences in SPLITS.items() for sequence in sequences}
 
 SCANS: dict[str, int] = {
     "00": 4541, "01": 1101, "02": 4661, "03": 801, "04": 271, "05": 2761, "06": 1101, "07": 1101, "08": 4071,
@@ -63,12 +64,13 @@ MAX_POINTS = 2**21
 
 
 class SemanticKITTIDataset(Dataset):
-    """SemanticKITTI with the 19 classes of its single-scan benchmark.
+    """SemanticKITTI with the 19 classes of its single-scan benchmark; all of its splits, whatever is on disk of them.
 
     Args:
         root: folder that the zips were unpacked in, or `dataset` in it, or one with a folder for each zip. Sequences
             may be missing: those on disk are the dataset. Within a sequence, every scan that has a label has to be
             there.
+        labels: `official`, or `none`: KITTI odometry as it is, for distillation, which reads no labels.
 
     Raises:
         MissingDataError: no folder `sequences`, or no scan in it.
@@ -78,7 +80,11 @@ class SemanticKITTIDataset(Dataset):
     title: ClassVar[str] = "SemanticKITTI, the 19 classes of its single-scan benchmark"
     needs: ClassVar[tuple[Need, ...]] = (
         Need("dataset/sequences/<00-21>/velodyne/<scan>.bin", "points, strength", VELODYNE_ZIP),
-        Need("dataset/sequences/<00-10>/labels/<scan>.label", "labels, instances", LABELS_ZIP),
+        Need(
+            "dataset/sequences/<00-10>/labels/<scan>.label",
+            "labels, instances; --option labels=none does without",
+            LABELS_ZIP,
+        ),
         Need(
             "dataset/sequences/<00-21>/calib.txt",
             "calibration with Tr: unpack it last, the other zips have a calib.txt without",
@@ -97,21 +103,39 @@ class SemanticKITTIDataset(Dataset):
             optional=True,
         ),
     )
+    options: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "labels",
+            "official",
+            "none: points without labels, SemanticKITTI's own zip is not needed",
+            choices=("official", "none"),
+        ),
+    )
     defaults: ClassVar[Defaults] = Defaults(grid=(27, 89), links=LinkSettings(occlusion="none"), layout="views")
     samples_per_partition: ClassVar[int] = SCANS_PER_PARTITION
+    release: ClassVar[Release | None] = Release(
+        samples=sum(SCANS.values()),
+        images=sum(SCANS.values()),
+        points=121_000,
+        coverage=0.15,
+        views_per_point=1.0,
+        source="43,552 scans, one image each, are official; points: an estimate from the size of KITTI's archive at 16 "
+        "bytes a point (the 4,549 million of SemanticKITTI's paper would be 104,000 a scan); coverage: an estimate "
+        "from the camera's field of view",
+    )
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, labels: str = "official") -> None:
         self.root = root
+        self._labelled = labels != "none"
         self._folders = OdometryFolders(root, self.name)
-        self._split_of = {sequence: split for split, sequences in SPLITS.items() for sequence in sequences}
         names = self._folders.names()
-        self._scans = {name: scans for name in names if name in self._split_of and (scans := self._list(name))}
+        self._scans = {name: scans for name in names if name in _SPLIT_OF and (scans := self._list(name))}
         if not self._scans:
             raise MissingDataError(
                 f"dataset {self.name!r}: no scan such as 00/velodyne/000000.bin in "
                 f"{' or '.join(str(p) for p in self._folders.places)}; unpack {VELODYNE_ZIP}"
             )
-        self._ids = {split: self._ids_of(split) for split in SPLITS}
+        self.ids = {split: self._ids_of(split) for split in SPLITS}
         self._posed_cameras: dict[str, tuple[Camera, NDArray[np.float64]]] = {}
         self._warn(names)
 
@@ -119,17 +143,6 @@ class SemanticKITTIDataset(Dataset):
     def classes(self) -> tuple[ClassInfo, ...]:
         """Classes by label index."""
         return semantickitti_labels.classes()
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """`train`, `val` and `test`, whether or not their sequences are on disk."""
-        return tuple(SPLITS)
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Sorted ids of the scans of one split that are on disk. Raises `UnknownNameError` for an unknown split."""
-        if split not in self._ids:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self._ids)
-        return self._ids[split]
 
     def sequence(self, sample_id: str) -> str:
         """The drive that a scan belongs to."""
@@ -140,7 +153,7 @@ class SemanticKITTIDataset(Dataset):
 
         Raises:
             UnknownNameError: no such scan.
-            MissingDataError: its points, its labels (but for the test split), or the calibration of its image.
+            MissingDataError: its points, its labels (where it has and wants some), or the calibration of its image.
             DataError: a calibration that cannot be used, or is not of its images.
         """
         sequence, _, scan = sample_id.partition("/")
@@ -148,14 +161,16 @@ class SemanticKITTIDataset(Dataset):
         if scan not in scans:
             firsts = (f"{name}/{min(of_sequence)}" for name, of_sequence in self._scans.items())
             known = (f"{sequence}/{s}" for s in scans) if scans else firsts
-            raise UnknownNameError.of(f"sample of dataset {self.name!r}", sample_id, known)
-        split = self._split_of[sequence]
+            raise self.unknown_sample(sample_id, known)
         cloud = self._folders.file(sequence, f"velodyne/{scan}.bin", VELODYNE_ZIP)
-        labels = None if split == "test" else self._folders.file(sequence, f"labels/{scan}.label", LABELS_ZIP)
+        labels = None
+        if self._has_labels(sequence):
+            remedy = f"{LABELS_ZIP}, or --option labels=none"
+            labels = self._folders.file(sequence, f"labels/{scan}.label", remedy)
         views, broken = self._views(sequence, scan)
         return Sample(
             id=sample_id,
-            split=split,
+            split=_SPLIT_OF[sequence],
             views=views,
             load_points=partial(read_points, cloud, labels),
             broken_views=broken,
@@ -192,9 +207,13 @@ class SemanticKITTIDataset(Dataset):
     def _list(self, sequence: str) -> set[str]:
         """Scans of a sequence. A label without its scan counts: the scan is missing, and `read` says so."""
         scans = self._folders.scans(sequence, "velodyne", ".bin")
-        if scans and self._split_of[sequence] != "test":
+        if scans and self._has_labels(sequence):
             scans |= self._folders.scans(sequence, "labels", ".label")
         return scans
+
+    def _has_labels(self, sequence: str) -> bool:
+        """Whether the scans of a sequence need labels; those of the test split are not published."""
+        return self._labelled and _SPLIT_OF[sequence] != "test"
 
     def _ids_of(self, split: str) -> list[str]:
         sequences = (s for s in SPLITS[split] if s in self._scans)
@@ -202,7 +221,7 @@ class SemanticKITTIDataset(Dataset):
 
     def _warn(self, names: Sequence[str]) -> None:
         """Log what is less, or other, than the release."""
-        official = [name for name in names if name in self._split_of]
+        official = [name for name in names if name in _SPLIT_OF]
         other = [
             f"{name} ({len(scans)} of {SCANS[name]})"
             for name, scans in self._scans.items()
@@ -210,7 +229,7 @@ class SemanticKITTIDataset(Dataset):
         ]
         no_images = [name for name in self._scans if not self._folders.has_folder(name, CAMERA)]
         for found, text in (
-            ([n for n in names if n not in self._split_of], "folders that are no sequence 00 to 21 are left out"),
+            ([n for n in names if n not in _SPLIT_OF], "folders that are no sequence 00 to 21 are left out"),
             ([n for n in official if n not in self._scans], f"sequences without scans (unpack {VELODYNE_ZIP})"),
             (other, "sequences with another number of scans than the release"),
             (no_images, f"sequences without images, whose points get no features (unpack {COLOR_ZIP})"),
@@ -237,12 +256,10 @@ def read_points(path: Path, labels: Path | None) -> Points:
     except DataError as error:
         raise DataError(f"{error}; unpack {VELODYNE_ZIP}") from error
     segment, instance = (None, None) if labels is None else read_labels(labels, cloud.count)
-    try:
+    with errors_at(path):
         return Points(
             coord=np.ascontiguousarray(scan.coord, dtype=np.float32),
             strength=scan.strength,
             segment=segment,
             instance=instance,
         )
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error

@@ -8,8 +8,6 @@ join the classes of those that stand still.
 
 from __future__ import annotations
 
-import csv
-import importlib.resources
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.base import ClassInfo
+from ditr_cache.datasets.shipped import row_color, shipped_rows
 from ditr_cache.errors import DataError
 from ditr_cache.schema import IGNORE_INDEX
 
@@ -28,10 +27,8 @@ _UNKNOWN = -2
 _MOST_UNKNOWN = 0.01  # of a scan: a few stray ids are ignored, as SemanticKITTI's own scripts do
 
 
-@lru_cache(maxsize=1)
-def _table() -> tuple[dict[str, str], ...]:
-    text = (importlib.resources.files("ditr_cache.datasets.semantickitti") / "classes.tsv").read_text(encoding="utf-8")
-    return tuple(csv.DictReader(text.splitlines(), delimiter="\t"))
+def _table() -> list[dict[str, str]]:
+    return shipped_rows("semantickitti", "classes.tsv")
 
 
 @lru_cache(maxsize=1)
@@ -39,9 +36,7 @@ def classes() -> tuple[ClassInfo, ...]:
     """The 19 classes, by label index: train id 1 is index 0. Each has the colour of the raw id of its own name."""
     own = {int(row["train_id"]): row for row in _table() if row["raw_name"] == row["train_name"]}
     own.pop(0)  # unlabeled
-    return tuple(
-        ClassInfo(row["train_name"], (int(row["r"]), int(row["g"]), int(row["b"]))) for _, row in sorted(own.items())
-    )
+    return tuple(ClassInfo(row["train_name"], row_color(row)) for _, row in sorted(own.items()))
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.frames import check_principal_point, rigid_pose
-from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.errors import DataError, MissingDataError, errors_at, shortened
 from ditr_cache.sample import Camera
 
 _LOG = logging.getLogger(__name__)
@@ -107,11 +107,6 @@ class OdometryFolders:
         return found[0]
 
 
-def shortened(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """What `calib.txt` says of the left colour camera.
@@ -142,12 +137,10 @@ class Calibration:
         intrinsics, shift = self.projection[:, :3], self.projection[:, 3]
         camera_from_velodyne = np.eye(4)
         camera_from_velodyne[:3] = self.camera_0_from_velodyne
-        try:
+        with errors_at(self.path, f"unpack {CALIB_ZIP}"):
             camera = check_principal_point(Camera.from_matrix(intrinsics, width=size[0], height=size[1]), "P2")
             camera_from_velodyne[:3, 3] += np.linalg.solve(intrinsics, shift)
             return camera, rigid_pose(camera_from_velodyne)
-        except DataError as error:
-            raise DataError(f"{self.path}: {error}; unpack {CALIB_ZIP}") from error
 
 
 def read_calibration(folders: OdometryFolders, sequence: str) -> Calibration:

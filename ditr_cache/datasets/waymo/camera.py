@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ditr_cache.datasets.waymo.lidar import LASERS, Scan, pose_of
 from ditr_cache.datasets.waymo.tables import Table
-from ditr_cache.errors import DataError
+from ditr_cache.errors import DataError, errors_at
 from ditr_cache.geometry import project, to_camera
 from ditr_cache.sample import Camera, Projection
 
@@ -80,13 +80,11 @@ def read_lens(calibration: Table, number: int, *, crop: bool) -> Lens:
         for name in ("width", "height", "rolling_shutter_direction")
     )
     fx, fy, cx, cy, *distortion = numbers
-    try:
+    with errors_at(where, "download the file again"):
         whole = Camera(
             width=width, height=height, fx=fx, fy=fy, cx=cx, cy=cy,
             model="radial_tangential", distortion=tuple(distortion),
         )  # fmt: skip
-    except DataError as error:
-        raise DataError(f"{where}: {error}; download the file again") from error
     if readout not in (*_AT_ONCE, _TOP_TO_BOTTOM, _LEFT_TO_RIGHT, _BOTTOM_TO_TOP, _RIGHT_TO_LEFT):
         raise DataError(f"{where}: rolling shutter direction {readout}, expected 0 to 5; download the file again")
     top = max(0, height - round(width * CROPPED_ASPECT)) if crop else 0
@@ -109,7 +107,9 @@ def image_from_frame(
 def released_projections(found: Iterable[Scan], table: Table, timestamp: int) -> dict[int, Projection]:
     """Camera -> where Waymo itself says that points fall in its image as stored.
 
-    A point may be in two images: both slots of a pixel count. Whole pixels are stored, so their centres are taken.
+    A point may be in two images: both slots of a pixel count. Coordinates are stored rounded down (std::floor, see
+    waymo-open-dataset issue 146), and 0 is the left edge of the first pixel (v2/perception/lidar.py there), so the
+    middle of the pixel is half a pixel on.
 
     Args:
         found: scans in the order of the points.

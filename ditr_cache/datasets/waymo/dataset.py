@@ -13,16 +13,15 @@ SIDE_RIGHT, REAR, pixel by pixel, then return 2 of all. Everything is joined by 
 
 from __future__ import annotations
 
-import csv
-import importlib.resources
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from ditr_cache.datasets.base import SCANS_PER_PARTITION, ClassInfo, Dataset, Defaults, Need, Option, Release
+from ditr_cache.datasets.waymo.benchmark import TEST_FRAMES, class_table, read_test_frames
 from ditr_cache.datasets.waymo.camera import CAMERAS, image_from_frame, read_lens, read_shutter
 from ditr_cache.datasets.waymo.lidar import LASERS, TOP, frame_pose
 from ditr_cache.datasets.waymo.segment import (
@@ -35,7 +34,7 @@ from ditr_cache.datasets.waymo.segment import (
     open_segment,
 )
 from ditr_cache.datasets.waymo.tables import COMPONENTS, component_path, download_of, read_keys
-from ditr_cache.errors import DataError, MissingDataError, UnknownNameError
+from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, shortened
 from ditr_cache.sample import Sample, View
 from ditr_cache.schema import LinkSettings
 
@@ -43,9 +42,6 @@ _LOG = logging.getLogger(__name__)
 
 SPLITS = {"train": "training", "val": "validation", "test": "testing", "test_location": "testing_location"}
 """Split -> its folder."""
-
-TEST_FRAMES = "3d_semseg_test_set_frames.txt"
-"""Official list of the frames that the benchmark evaluates. One at the root wins over the one that comes with ditr."""
 
 _LABELS = "lidar_segmentation"
 _PROJECTIONS = "lidar_camera_projection"
@@ -65,8 +61,24 @@ def _need(component: str, lost: str = "") -> Need:
     )
 
 
+class _Listing(Mapping[str, Sequence[str]]):
+    """Split -> ids, listed when they are asked for: that opens a file of every segment."""
+
+    def __init__(self, splits: Sequence[str], ids_of: Callable[[str], Sequence[str]]) -> None:
+        self._splits, self._ids_of = splits, ids_of
+
+    def __getitem__(self, split: str) -> Sequence[str]:
+        return self._ids_of(split)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._splits)
+
+    def __len__(self) -> int:
+        return len(self._splits)
+
+
 class WaymoDataset(Dataset):
-    """Waymo's Perception dataset with the 22 classes of its 3D semantic segmentation.
+    """Waymo's Perception dataset with the 22 classes of its 3D semantic segmentation; splits are those on disk.
 
     Args:
         root: folder that holds `training/`, `validation/`, `testing/`, `testing_location/`, or some of them.
@@ -77,7 +89,7 @@ class WaymoDataset(Dataset):
         crop: `published` cuts the upper rows off the front cameras' images; `none`.
 
     Raises:
-        MissingDataError: no split, a component that is missing, or no segment.
+        MissingDataError: no split, or none that has all of its components and a segment.
         DataError: a segment that is in two splits.
     """
 
@@ -139,6 +151,9 @@ class WaymoDataset(Dataset):
         if not self._folders:
             raise MissingDataError(f"dataset {self.name!r}: no folder 'training' in {str(root)!r}; {_hint(root)}")
         self._contexts = {split: self._list_contexts(split) for split in self._folders}
+        self._lacking = {split: lack for split in self._folders if (lack := self._lack(split))}
+        if self._lacking and not any(self._needed(split) for split in self._folders if split not in self._lacking):
+            raise MissingDataError(next(iter(self._lacking.values())))
         self._split_of: dict[str, str] = {}
         for split, contexts in self._contexts.items():
             for context in contexts:
@@ -148,38 +163,15 @@ class WaymoDataset(Dataset):
                         f"{SPLITS[split]} of {root}; delete the copy, its frames would be in two splits"
                     )
                 self._split_of[context] = split
+        self.ids = _Listing(tuple(self._contexts), self._ids_of)
         self._frames: dict[str, tuple[int, ...]] = {}
+        self._told: set[str] = set()
         self._test_frames: Mapping[str, tuple[int, ...]] | None = None
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
-        """Classes by label index: ids 1 to 22 of `segmentation.proto`. Colours are ours, Waymo publishes none."""
-        return _class_table()
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Those of `SPLITS` that are on disk."""
-        return tuple(self._folders)
-
-    def sample_ids(self, split: str) -> Sequence[str]:
-        """Ids of one split by segment and time. Raises `UnknownNameError` for an unknown split."""
-        if split not in self._folders:
-            raise UnknownNameError.of(f"split of dataset {self.name!r}", split, self._folders)
-        contexts = self._contexts[split]
-        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            every = list(pool.map(self._timestamps, contexts))
-        bare = [context for context, found in zip(contexts, every, strict=True) if not found]
-        if bare and split != "test_location":  # the list of test frames has none of those
-            _LOG.warning(
-                "dataset %r: %d of %d segments in %s have no %s and are left out: %s",
-                self.name,
-                len(bare),
-                len(contexts),
-                self.root / SPLITS[split],
-                "labelled frames" if split in ("train", "val") else "frames in the benchmark's list",
-                ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else ""),
-            )
-        return [f"{context}_{t}" for context, found in zip(contexts, every, strict=True) for t in found]
+        """Classes by label index: ids 1 to 22 of `segmentation.proto`."""
+        return class_table()
 
     def sequence(self, sample_id: str) -> str:
         """The segment of a frame."""
@@ -197,12 +189,11 @@ class WaymoDataset(Dataset):
         split = self._split_of.get(context)
         if split is None:
             raise UnknownNameError.of(f"segment of dataset {self.name!r}", context, self._split_of)
+        self._check_split(split)
         timestamps = self._timestamps(context)
         timestamp = next((t for t in timestamps if str(t) == number), None)
         if timestamp is None:
-            raise UnknownNameError.of(
-                f"sample of dataset {self.name!r}", sample_id, (f"{context}_{t}" for t in timestamps)
-            )
+            raise self.unknown_sample(sample_id, (f"{context}_{t}" for t in timestamps))
         key = SegmentKey.of(self.root, SPLITS[split], context, timestamps)
         self._check_files(key)
         segment = open_segment(key)
@@ -216,27 +207,59 @@ class WaymoDataset(Dataset):
             broken_views=broken,
         )
 
-    def _list_contexts(self, split: str) -> list[str]:
-        """Segments of a split, sorted, from the names of the files. Checks that no component is missing as a whole."""
-        folder = self.root / self._folders[split]
-        found: dict[str, set[str]] = {}
-        for component in self._components(split):
-            place = folder / component
-            if not place.is_dir():
-                raise MissingDataError(
-                    f"dataset {self.name!r}: no folder {str(place)!r}; it comes with "
-                    f"{download_of(folder.name, component)}{self._way_out(component)}"
-                )
-            # There are other files in these folders, too (waymo-open-dataset issue 802).
-            names = (path.name for path in place.iterdir())
-            found[component] = {n.removesuffix(".parquet") for n in names if n.endswith(".parquet") and n[0] != "."}
-        contexts = sorted(set().union(*found.values()))
-        if not contexts:
-            raise MissingDataError(
-                f"dataset {self.name!r}: no segment in {folder}, expected files <component>/<segment>.parquet of the "
-                "Waymo Open Dataset, Perception v2.0.x (waymo.com/open)"
+    def _ids_of(self, split: str) -> list[str]:
+        """Ids of one split by segment and time. Raises `MissingDataError` where a component is missing as a whole."""
+        self._check_split(split)
+        contexts = self._contexts[split]
+        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+            every = list(pool.map(self._timestamps, contexts))
+        bare = [context for context, found in zip(contexts, every, strict=True) if not found]
+        if bare and self._needed(split):
+            _LOG.warning(
+                "dataset %r: %d of %d segments in %s have no %s and are left out: %s",
+                self.name,
+                len(bare),
+                len(contexts),
+                self.root / SPLITS[split],
+                "labelled frames" if split in ("train", "val") else "frames in the benchmark's list",
+                shortened(bare, 3),
             )
-        return contexts
+        return [f"{context}_{t}" for context, found in zip(contexts, every, strict=True) for t in found]
+
+    def _list_contexts(self, split: str) -> list[str]:
+        """Segments of a split, sorted, from the names of the files."""
+        places = (self.root / self._folders[split] / component for component in self._components(split))
+        # There are other files in these folders, too (waymo-open-dataset issue 802).
+        names = (path.name for place in places if place.is_dir() for path in place.iterdir())
+        return sorted({n.removesuffix(".parquet") for n in names if n.endswith(".parquet") and n[0] != "."})
+
+    def _needed(self, split: str) -> bool:
+        """Whether a split has frames that are samples; the benchmark's list names none of testing_location."""
+        return self._all_frames or split != "test_location"
+
+    def _lack(self, split: str) -> str:
+        """What keeps a split from being read: a component that is missing as a whole, or no segment; or nothing."""
+        folder = self.root / self._folders[split]
+        if not self._needed(split):
+            return ""
+        others = "; the other splits can be read without it, with --split" if len(self._folders) > 1 else ""
+        for component in self._components(split):
+            if not (folder / component).is_dir():
+                return (
+                    f"dataset {self.name!r}: no folder {str(folder / component)!r}; it comes with "
+                    f"{download_of(folder.name, component)}{self._way_out(component)}{others}"
+                )
+        if not self._contexts[split]:
+            return (
+                f"dataset {self.name!r}: no segment in {folder}, expected files <component>/<segment>.parquet of the "
+                f"Waymo Open Dataset, Perception v2.0.x (waymo.com/open){others}"
+            )
+        return ""
+
+    def _check_split(self, split: str) -> None:
+        """Raise `MissingDataError` where a component of a split is missing as a whole, or it has no segment."""
+        if split in self._lacking:
+            raise MissingDataError(self._lacking[split])
 
     def _components(self, split: str) -> tuple[str, ...]:
         """Components that a split must have."""
@@ -274,11 +297,8 @@ class WaymoDataset(Dataset):
         if found != listed:
             _LOG.warning(
                 "%s: %d of the %d frames that the benchmark's list (%s) names are not in it and are left out",
-                path,
-                len(listed - found),
-                len(listed),
-                TEST_FRAMES,
-            )
+                path, len(listed - found), len(listed), TEST_FRAMES,
+            )  # fmt: skip
         return found
 
     def _path(self, context: str, component: str) -> Path:
@@ -295,14 +315,35 @@ class WaymoDataset(Dataset):
                 )
 
     def _check_rows(self, segment: Segment, timestamp: int) -> None:
-        """Raise `DataError` where a component has no row, or several, of this frame."""
+        """Raise `DataError` where a component has no row, or several, of this frame.
+
+        The release has no row of a lidar without any return, neither of its range images nor of its projections
+        (v2/perception/compat_v1/lidar.py of waymo-open-dataset). Where only one of the two is missing, it was lost.
+        """
         segment.table("vehicle_pose").row(timestamp)
         segment.table("lidar_pose").row(timestamp, TOP)
         for laser in LASERS:
+            if self._without_return(segment, timestamp, laser):
+                continue
             segment.table("lidar").row(timestamp, laser)
             segment.table("lidar_calibration").row(laser)
             if self._released and segment.key.has("camera_image"):
                 segment.table(_PROJECTIONS).row(timestamp, laser)
+
+    def _without_return(self, segment: Segment, timestamp: int, laser: int) -> bool:
+        """Whether a lidar other than TOP is missing because it saw nothing. Logged once for a segment."""
+        key = segment.key
+        if laser == TOP or (timestamp, laser) in segment.table("lidar"):
+            return False
+        if key.has(_PROJECTIONS) and (timestamp, laser) in segment.table(_PROJECTIONS):
+            return False
+        if key.context not in self._told:
+            self._told.add(key.context)
+            _LOG.warning(
+                "%s: no row of lidar %s at %d: it is taken to have had no return (told once for a segment)",
+                key.path("lidar"), LASERS[laser], timestamp,
+            )  # fmt: skip
+        return True
 
     def _views(
         self, key: SegmentKey, segment: Segment, timestamp: int
@@ -346,33 +387,6 @@ class WaymoDataset(Dataset):
         return tuple(views), tuple(broken)
 
 
-def read_test_frames(root: Path) -> dict[str, tuple[int, ...]]:
-    """Segment -> time stamps of the frames of testing that the benchmark evaluates.
-
-    Raises:
-        DataError: a list at `root` with a line that is not `segment,timestamp`.
-    """
-    path = root / TEST_FRAMES
-    if path.is_file():
-        text, where = path.read_text(encoding="utf-8", errors="replace"), str(path)
-    else:
-        shipped = importlib.resources.files("ditr_cache.datasets.waymo") / "test_frames.txt"
-        text, where = shipped.read_text(encoding="utf-8"), str(shipped)
-    frames: dict[str, tuple[int, ...]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        context, comma, timestamp = line.rpartition(",")
-        if not comma or not (timestamp.isascii() and timestamp.isdigit()):
-            raise DataError(
-                f"{where}: line {number}: expected 'segment,timestamp', got {line[:80]!r}; take Waymo's own "
-                f"{TEST_FRAMES}, or none: ditr brings it along"
-            )
-        frames[context] = (*frames.get(context, ()), int(timestamp))
-    return frames
-
-
 def _hint(root: Path) -> str:
     """What to do where no split is found."""
     if root.name in SPLITS.values() or any((root / component).is_dir() for component in COMPONENTS):
@@ -382,12 +396,3 @@ def _hint(root: Path) -> str:
     return (
         "expected <split>/<component>/<segment>.parquet of the Waymo Open Dataset, Perception v2.0.x (waymo.com/open)"
     )
-
-
-@cache
-def _class_table() -> tuple[ClassInfo, ...]:
-    """Classes in the order of their ids, which start at 1."""
-    text = (importlib.resources.files("ditr_cache.datasets.waymo") / "classes.tsv").read_text(encoding="utf-8")
-    rows = list(csv.DictReader(text.splitlines(), delimiter="\t"))
-    assert [int(row["id"]) for row in rows] == list(range(1, len(rows) + 1))
-    return tuple(ClassInfo(row["name"], (int(row["r"]), int(row["g"]), int(row["b"]))) for row in rows)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ditr_cache.datasets.frames import rigid_pose
 from ditr_cache.datasets.waymo.tables import Table
-from ditr_cache.errors import DataError
+from ditr_cache.errors import DataError, errors_at
 from ditr_cache.sample import Points
 from ditr_cache.schema import IGNORE_INDEX
 
@@ -76,13 +76,15 @@ class Scan:
 def scans(lidar: Table, timestamp: int, returns: tuple[int, ...]) -> Iterator[Scan]:
     """Scans of one frame in the order of the points: return 1 of all lidars by their numbers, then return 2 of all.
 
-    Lidars without returns have empty scans, or none.
+    Lidars without returns have empty scans, or none: the release then has no row of them.
 
     Raises:
-        DataError: a lidar is missing, or its image damaged.
+        DataError: TOP is missing, or an image damaged.
     """
     for echo in returns:
         for laser in LASERS:
+            if laser != TOP and (timestamp, laser) not in lidar:
+                continue
             image = lidar.image(echo, timestamp, laser, channels=4)
             if image is not None:
                 yield Scan(laser, echo, image)
@@ -126,19 +128,15 @@ def read_points(tables: LidarTables, timestamp: int, returns: tuple[int, ...], c
         labels = np.concatenate([_labels(scan, tables.labels, timestamp, classes) for scan in found])
         instance, segment = labels[:, 0].astype(np.int32), labels[:, 1].astype(np.int16)
     strength = np.concatenate([scan.image[scan.pixels][:, 1] for scan in found]).astype(np.float32)
-    try:
+    with errors_at(f"{tables.lidar.path} at {timestamp}"):
         return Points(coord=coord, strength=np.tanh(strength), segment=segment, instance=instance)
-    except DataError as error:
-        raise DataError(f"{tables.lidar.path} at {timestamp}: {error}") from error
 
 
 def pose_of(table: Table, column: str, *key: int) -> NDArray[np.float64]:
     """Pose [4, 4] in a small column. Raises `DataError` where it is no rigid motion."""
     pose = table.numbers(column, *key, count=16).reshape(4, 4)
-    try:
+    with errors_at(f"{table.path}: {column} of {key}", "download the file again"):
         finite = np.isfinite(rigid_pose(pose)).all()
-    except DataError as error:
-        raise DataError(f"{table.path}: {column} of {key}: {error}; download the file again") from error
     if not finite:
         raise DataError(f"{table.path}: {column} of {key} is not finite; download the file again")
     return pose

@@ -34,6 +34,8 @@ MAX_CELLS = 2**32
 KEPT_GROUPS = 2
 _BATCH = 4  # rows that are decoded at a time
 _CODEC = "zstd"
+_OLD_ARROW = "Expected all lists to be of size"
+"""What pyarrow before 26 says of a null in a column of lists of a fixed size: github.com/apache/arrow issue 35692."""
 
 Key = tuple[int, ...]
 
@@ -281,6 +283,11 @@ def _opened(path: Path) -> Iterator[Any]:
         download = download_of(path.parent.parent.name, path.parent.name)
         raise MissingDataError(f"{path}: no such file; it comes with {download}") from error
     except (arrow.ArrowException, OSError, ValueError) as error:
+        if _OLD_ARROW in str(error):
+            raise DataError(
+                f"{path}: this file needs pyarrow 26 or newer, {arrow.__version__} cannot read null lists of a fixed "
+                "size: pip install -U pyarrow"
+            ) from error
         raise DataError(
             f"{path}: not a readable Parquet file ({str(error)[:200]}); the download is incomplete or damaged, get "
             "this file again"
