@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.datasets.base import Dataset
+from ditr_cache.datasets.base import Dataset, OptionValue, open_dataset
 from ditr_cache.errors import CacheError, DataError, MissingDataError
 from ditr_cache.geometry import morton_order, point_spacing
 from ditr_cache.link import Links, check_pose, link_view, select_views
@@ -36,6 +38,9 @@ EXTENT = (0.2, 2000.0)
 FARTHEST_CAMERA = 1000.0
 """Metres between a sample's camera and its nearest point: more is a pose of another frame."""
 
+_NUMBERS = re.compile(r"[0-9a-f]{6,}|\d+")
+_MISSING = re.compile(r"\bno (such|depth|perspective|images?)\b")  # views that are broken carry a text alone
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -52,6 +57,12 @@ class Problem:
     view: str
     text: str
 
+    @property
+    def shape(self) -> str:
+        """The text without the sample's name and without numbers: what thousands of scans have in common."""
+        name = rf"(?<!\w){re.escape(self.sample)}(?!\w)" if self.sample else r"(?!)"
+        return _NUMBERS.sub("#", re.sub(name, "#", self.text))
+
 
 @dataclass
 class CheckReport:
@@ -64,9 +75,11 @@ class CheckReport:
         views, posed, used: frames of all samples, those with a pose, those that extraction would use by default.
         loaded_samples, loaded_images: whose content was read.
         points: of the loaded samples.
-        labelled, coverage: fraction of these that have a label, and that a loaded view sees.
+        labelled: fraction of these points that have a label, in samples that have labels.
+        coverage: fraction of these points that a loaded view sees.
         classes: number of classes.
         problems: see there.
+        warnings: what the dataset's reader said, say of samples that it leaves out.
     """
 
     dataset: str
@@ -83,13 +96,14 @@ class CheckReport:
     coverage: float = 0.0
     classes: int = 0
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
         """The object that `--json` prints."""
         return asdict(self)
 
     def lines(self, shown: int = 20) -> Iterator[str]:
-        """For people; at most `shown` problems of each kind."""
+        """For people: problems that differ in numbers and names alone once, at most `shown` of each kind."""
         splits = ", ".join(f"{split} {count}" for split, count in self.splits.items())
         yield f"{self.dataset} at {self.root}: {sum(self.splits.values())} samples ({splits}), {self.classes} classes"
         yield f"{self.views} frames, {self.posed} with a pose, {self.used} used by default"
@@ -97,15 +111,63 @@ class CheckReport:
             f"read {self.loaded_samples} samples and {self.loaded_images} images: {self.points} points, "
             f"{self.labelled:.1%} labelled, {self.coverage:.1%} seen by the images that were read"
         )
+        for text in self.warnings:
+            yield f"warning: {text}"
+        alike: dict[str, dict[str, list[Problem]]] = {}
+        for problem in self.problems:
+            alike.setdefault(problem.kind, {}).setdefault(problem.shape, []).append(problem)
+        for kind, groups in alike.items():
+            for found in list(groups.values())[:shown]:
+                first = found[0]
+                where = (
+                    f"{first.sample} view {first.view}: " if first.view else f"{first.sample}: " * bool(first.sample)
+                )
+                more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
+                yield f"{kind}: {where}{first.text}{more}"
+            if len(groups) > shown:
+                left = sum(len(found) for found in list(groups.values())[shown:])
+                yield f"{kind}: and {left} more (all with --json)"
         counts = Counter(p.kind for p in self.problems)
-        for kind in counts:
-            found = [p for p in self.problems if p.kind == kind]
-            for problem in found[:shown]:
-                where = f"{problem.sample} view {problem.view}" if problem.view else problem.sample
-                yield f"{kind}: {where}: {problem.text}" if where else f"{kind}: {problem.text}"
-            if len(found) > shown:
-                yield f"{kind}: and {len(found) - shown} more (all with --json)"
-        yield "no problems" if not counts else ", ".join(f"{n} {kind}" for kind, n in counts.items())
+        told = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "no problems"
+        yield f"{told}, {len(self.warnings)} warnings" if self.warnings else told
+
+
+def inspect(
+    name: str,
+    root: str | Path,
+    options: Mapping[str, OptionValue] | None = None,
+    *,
+    deep: bool = False,
+    overlay: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Open a dataset and `check` it; what its reader warns of is part of the report.
+
+    Raises:
+        CacheError: whatever makes it unusable as a whole.
+    """
+    log, told = logging.getLogger("ditr_cache.datasets"), _Collected()
+    propagate, log.propagate = log.propagate, False
+    log.addHandler(told)
+    try:
+        report = check(open_dataset(name, root, options), deep=deep, overlay=overlay, progress=progress)
+    finally:
+        log.removeHandler(told)
+        log.propagate = propagate
+    report.warnings = list(dict.fromkeys(told.texts))
+    return report
+
+
+class _Collected(logging.Handler):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging."""
+        self.texts.append(record.getMessage())
 
 
 def check(
@@ -133,7 +195,7 @@ def check(
     for split in dataset.splits:
         try:
             of_split = dataset.sample_ids(split)
-        except MissingDataError as error:  # other splits may be complete
+        except (MissingDataError, OSError) as error:  # other splits may be complete
             report.problems.append(_problem(error, ""))
             continue
         report.splits[split] = len(of_split)
@@ -147,7 +209,7 @@ def check(
             _describe(report, sample, dataset.defaults.links)
             if position in loaded:
                 content.read(sample)
-        except CacheError as error:
+        except (CacheError, OSError) as error:
             report.problems.append(_problem(error, sample_id))
         if progress is not None:
             progress(position + 1, len(ids))
@@ -160,8 +222,10 @@ def check(
     return report
 
 
-def _problem(error: CacheError, sample: str, view: str = "") -> Problem:
-    return Problem("missing" if isinstance(error, MissingDataError) else "unreadable", sample, view, str(error))
+def _problem(error: CacheError | OSError, sample: str, view: str = "") -> Problem:
+    """An `OSError` is none of ours: a folder without permission, a disk that fails."""
+    text = str(error) if isinstance(error, CacheError) else f"cannot be read ({error}); make it readable"
+    return Problem("missing" if isinstance(error, MissingDataError) else "unreadable", sample, view, text)
 
 
 def _describe(report: CheckReport, sample: Sample, links: LinkSettings) -> None:
@@ -172,7 +236,7 @@ def _describe(report: CheckReport, sample: Sample, links: LinkSettings) -> None:
     used = select_views(sample, links)
     report.used += len(used)
     for broken, text in sample.broken_views:
-        report.problems.append(Problem("missing" if "no such file" in text else "unreadable", sample.id, broken, text))
+        report.problems.append(Problem("missing" if _MISSING.search(text) else "unreadable", sample.id, broken, text))
     if not used:
         report.problems.append(
             Problem("missing", sample.id, "", "no frame with a pose: its points will be kept with coverage 0")
@@ -219,7 +283,8 @@ class _Content:
         self._report = report
         self._every_view = every_view
         self._colors = [c.color for c in dataset.classes]
-        self._labelled = self._seen = self._most_links = 0
+        self._with_labels = self._labelled = self._seen = 0
+        self._best = (False, 0)
 
     def read(self, sample: Sample) -> None:
         """Load a sample. Raises `CacheError` where its points cannot be read; images are recorded one by one."""
@@ -233,6 +298,7 @@ class _Content:
             report.problems.append(Problem("implausible", sample.id, "", "no points"))
             return
         if points.segment is not None:
+            self._with_labels += len(coord)
             self._labelled += int((points.segment != IGNORE_INDEX).sum())
         self._judge_extent(sample, points)
         views = select_views(sample, self._settings)
@@ -244,6 +310,7 @@ class _Content:
             )
         spacing = point_spacing(coord)
         seen = np.zeros(len(coord), dtype=bool)
+        usable = 0
         for view in views:
             try:
                 links = link_view(coord, view, self._settings, spacing=spacing, order=order)
@@ -251,28 +318,30 @@ class _Content:
                 got, expected = image.shape[1::-1], (view.camera.width, view.camera.height)
                 if got != expected:
                     raise DataError(f"image of {got[0]}x{got[1]} pixels, its camera says {expected[0]}x{expected[1]}")
-            except CacheError as error:
+            except (CacheError, OSError) as error:
                 report.problems.append(_problem(error, sample.id, view.id))
                 continue
-            report.loaded_images += 1
+            usable += 1
             seen[links.point] = True
             self._keep_best(sample, view, image, points, order, links)
+        report.loaded_images += usable
         self._seen += int(seen.sum())
-        if views and not seen.any():
+        if usable and not seen.any():
             report.problems.append(
                 Problem(
                     "implausible",
                     sample.id,
                     "",
-                    f"none of its {len(coord)} points is visible in the {len(views)} views that were read; are poses, "
+                    f"none of its {len(coord)} points is visible in the {usable} views that were read; are poses, "
                     "depth units and axes right?",
                 )
             )
 
     def sum_up(self) -> None:
         """Fractions over all that was read."""
+        if self._with_labels:
+            self._report.labelled = round(self._labelled / self._with_labels, 6)
         if self._report.points:
-            self._report.labelled = round(self._labelled / self._report.points, 6)
             self._report.coverage = round(self._seen / self._report.points, 6)
 
     def _judge_extent(self, sample: Sample, points: Points) -> None:
@@ -315,9 +384,10 @@ class _Content:
         order: NDArray[np.int64],
         links: Links,
     ) -> None:
-        if len(links.point) <= self._most_links:
+        found = (points.segment is not None, len(links.point))
+        if not len(links.point) or found <= self._best:
             return
-        self._most_links = len(links.point)
+        self._best = found
         segment = None if points.segment is None else points.segment[order[links.point]]
         self.overlay = Overlay(
             title=f"{self._report.dataset}  {sample.id}  view {view.id}  {len(links.point)} points",

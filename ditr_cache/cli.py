@@ -79,7 +79,7 @@ def dataset_options(command: F) -> F:
     "--layout",
     type=click.Choice(["fused", "views"]),
     help="One feature per point, or the tokens of all its views, for the trainer to choose from.  "
-    "[default: views outdoors, else fused]",
+    "[default: the dataset's recipe]",
 )
 @click.option("--fuse", type=click.Choice(["mean", "last", "nearest"]), help="Of a point's views.  [default: mean]")
 @click.option("--codec", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
@@ -209,15 +209,20 @@ def check(dataset: str, root: Path, options: tuple[str, ...], deep: bool, out: P
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ditr_cache.check import check as run
-    from ditr_cache.datasets import open_dataset, parse_options
+    from ditr_cache.check import inspect
+    from ditr_cache.datasets import parse_options
 
-    opened = open_dataset(dataset, root, parse_options(dataset, options))
+    values = parse_options(dataset, options)
     columns = (TextColumn("check"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=as_json or not sys.stderr.isatty()) as bar:
         task = bar.add_task("check", total=None)
-        report = run(
-            opened, deep=deep, overlay=out, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        report = inspect(
+            dataset,
+            root,
+            values,
+            deep=deep,
+            overlay=out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if as_json:
         click.echo(json.dumps(report.to_dict()))

@@ -77,7 +77,7 @@ def extract(request: ExtractRequest, *, quiet: bool = False) -> RunTotals:
     Raises:
         CacheError: wrong use or unusable input, found before work starts.
     """
-    _, wanted, metadata = resolve(request)
+    dataset, wanted, metadata = resolve(request)
     if request.scheduler is None:  # the workers of a scheduler elsewhere have devices of their own
         resolve_device(request.settings.vfm.device)
     # Workers load their own model: for them only its identity is needed here, and no memory of a device.
@@ -98,7 +98,7 @@ def extract(request: ExtractRequest, *, quiet: bool = False) -> RunTotals:
                 missing.append(partition)
         if not missing:
             return display.totals
-        with contextlib.closing(_run(request, vfm, spec.key, missing)) as summaries:
+        with contextlib.closing(_run(request, dataset, vfm, spec.key, missing)) as summaries:
             for summary in summaries:
                 display(summary)
                 if summary.fatal:  # every further partition would fail alike; the next run continues here
@@ -107,10 +107,10 @@ def extract(request: ExtractRequest, *, quiet: bool = False) -> RunTotals:
 
 
 def _run(
-    request: ExtractRequest, vfm: FrozenVFM, key: str, wanted: Sequence[Partition]
+    request: ExtractRequest, dataset: Dataset, vfm: FrozenVFM, key: str, wanted: Sequence[Partition]
 ) -> Generator[PartitionSummary, None, None]:
     if request.workers == 0 and request.scheduler is None:
-        return run_here(PartitionWorker(request.settings, vfm), wanted)
+        return run_here(PartitionWorker(request.settings, vfm, dataset=dataset), wanted)
     workers = request.workers or _processes(request)
     return run_on_dask(request.settings, key, wanted, workers=workers, scheduler=request.scheduler)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.codecs import EncodedRows, concatenate_rows
-from ditr_cache.datasets.base import DATASETS, Defaults, OptionValue, Partition, dataset_class, open_dataset
+from ditr_cache.datasets.base import DATASETS, Dataset, Defaults, OptionValue, Partition, dataset_class, open_dataset
 from ditr_cache.errors import CacheError, DataError, StorageError, UnknownNameError, UsageError
 from ditr_cache.geometry import morton_order, point_spacing
 from ditr_cache.link import Links, concatenate, link_view, select_views
@@ -109,13 +109,18 @@ class PartitionWorker:
         settings: see there.
         vfm: a model that is loaded already; None loads it from the settings.
         expected_key: the VFM key of the run; a worker whose weights give another one refuses to work.
+        dataset: opened already; None opens it.
     """
 
     def __init__(
-        self, settings: ExtractSettings, vfm: FrozenVFM | None = None, expected_key: str | None = None
+        self,
+        settings: ExtractSettings,
+        vfm: FrozenVFM | None = None,
+        expected_key: str | None = None,
+        dataset: Dataset | None = None,
     ) -> None:
         self.settings = settings
-        self.dataset = open_dataset(settings.dataset, settings.root, settings.options)
+        self.dataset = dataset or open_dataset(settings.dataset, settings.root, settings.options)
         self.writer = CacheWriter(settings.cache)
         self.vfm = vfm if vfm is not None else FrozenVFM(settings.vfm)
         self.spec = settings.complete_spec(self.vfm.spec)
@@ -212,13 +217,27 @@ class PartitionWorker:
     def _image_loaders(self, geometry: GeometryRecord) -> Callable[[str, str], Callable[[], NDArray[np.uint8]]]:
         """Look up a view's image by sample and view; a sample is opened once, its points are not read."""
         opened: dict[str, dict[str, Callable[[], NDArray[np.uint8]]]] = {}
+        errors: dict[str, DataError] = {}
+        there = False
         for info in geometry.samples:
-            if info.views:
+            if not info.views:
+                continue
+            try:
                 opened[info.id] = {v.id: v.load_image for v in self.dataset.read(info.id).views}
+            except DataError as error:  # one scan of many
+                opened[info.id], errors[info.id] = {}, error
+            there = there or any(view.id in opened[info.id] for view in info.views)
+        if opened and not there:  # nothing to commit: a folder of images that was moved is not a damaged image
+            raise next(iter(errors.values()), None) or DataError(
+                f"partition {geometry.partition!r}: none of the views that its points were linked to is in the dataset "
+                "any more; put the images back, then run again"
+            )
 
         def find(sample: str, view: str) -> Callable[[], NDArray[np.uint8]]:
             if view not in opened[sample]:
-                raise DataError(f"view {view!r} of sample {sample!r} was linked, but the dataset no longer has it")
+                raise errors.get(sample) or DataError(
+                    f"view {view!r} of sample {sample!r} was linked, but the dataset no longer has it"
+                )
             return opened[sample][view]
 
         return find
@@ -335,14 +354,14 @@ def _link_sample(
         links.append(found)
         seen[found.point] = True
     if not seen.any():
-        broken.append(
-            BrokenView(
-                sample=sample.id,
-                view="",
-                error=f"none of {len(order)} points is visible in any of its {len(infos)} usable views "
-                f"(of {len(sample.views)}); are poses, depth units and depth range right? kept with coverage 0",
+        usable = f"{len(infos)} usable views (of {len(sample.views)})"
+        why = f"{usable}: its {len(order)} points are kept with coverage 0"
+        if infos:
+            why = (
+                f"none of {len(order)} points is visible in any of its {usable}; are poses, depth units and depth "
+                "range right? kept with coverage 0"
             )
-        )
+        broken.append(BrokenView(sample=sample.id, view="", error=why))
     info = SampleInfo(
         id=sample.id, split=sample.split, points=len(order), linked_points=int(seen.sum()), views=tuple(infos)
     )

@@ -169,7 +169,9 @@ class ProgressDisplay:
         totals = self.totals
         for failure in summary.failures:
             where = failure.sample + (f" view {failure.view}" if failure.view else "")
-            self._console.print(f"skipped {where}: {failure.error}", style="yellow", markup=False, highlight=False)
+            self._console.print(
+                f"skipped {where}: {failure.error}", style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
         if self._bar is not None:
             seconds = max(totals.seconds, 1e-9)
             rates = (

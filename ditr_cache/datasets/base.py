@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ditr_cache.errors import MissingDataError, UnknownNameError, UsageError
+from ditr_cache.errors import CacheError, DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.sample import Sample
 from ditr_cache.schema import LinkSettings
 
@@ -253,6 +253,7 @@ def open_dataset(name: str, root: str | Path, options: Mapping[str, OptionValue]
     Raises:
         UnknownNameError: no such dataset; names the nearest.
         MissingDataError: `root` or a file of the layout is missing, or no sample is there.
+        DataError: a folder that cannot be listed, or a file that cannot be used.
     """
     cls: Any = dataset_class(name)
     path = Path(root)
@@ -260,7 +261,12 @@ def open_dataset(name: str, root: str | Path, options: Mapping[str, OptionValue]
         raise MissingDataError(
             f"dataset {name!r}: root {str(root)!r} is not a folder; pass the folder of the unpacked dataset with --root"
         )
-    dataset: Dataset = cls(path, **(options or {}))
+    try:
+        dataset: Dataset = cls(path, **(options or {}))
+    except CacheError:
+        raise
+    except OSError as error:
+        raise DataError(f"dataset {name!r} at {str(root)!r}: cannot be read ({error}); make it readable") from error
     return dataset
 
 

@@ -1,6 +1,7 @@
 """`ditr-cache check` and `datasets`: what is said of a download before hours are spent on it."""
 
 import json
+import logging
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -191,6 +192,68 @@ def test_points_lie_where_they_belong_in_the_overlay():
 
 def test_panoramas_are_exempt_of_plausible_intrinsics():
     assert odd_camera(Camera.panorama(width=512, height=256), "image") == []
+
+
+def test_what_differs_in_numbers_alone_is_told_once():
+    """As of a sequence whose calibration is gone: 4541 scans say the same, and must not hide what else is wrong."""
+    gone = {f: DataError(f"sequences/00/calib.txt of scan {i:06d}: no Tr") for i, f in enumerate("abcd")}
+    report = check(Download(**gone, e=DataError("sequences/08/labels/000001.label: no such file")))
+    lines = [line for line in report.lines(shown=2) if line.startswith("unreadable")]
+    assert lines == [
+        "unreadable: a: sequences/00/calib.txt of scan 000000: no Tr (and 3 more like it)",
+        "unreadable: e: sequences/08/labels/000001.label: no such file",
+    ]
+    assert len(report.problems) == 5
+
+
+def test_folders_without_permission_are_problems_and_no_traceback():
+    report = check(Download(b=PermissionError(13, "Permission denied", "/data/b/scans")))
+    assert kinds(report) == [("unreadable", "b", "")] and "make it readable" in report.problems[0].text
+
+
+def test_unlabelled_samples_do_not_count_as_unlabelled_points():
+    bare = replace(right("a"), load_points=lambda: replace(points(), segment=None))
+    assert check(Download(a=bare)).labelled == check(Download()).labelled > 0.8
+    only_first = {name: replace(right(name), views=()) for name in "bcdef"}
+    assert len(list(check(Download(a=bare, **only_first)).lines())) > 3
+
+
+def test_an_unreadable_image_is_not_called_a_wrong_pose():
+    def broken() -> np.ndarray:
+        raise DataError("frame.jpg: not a readable image")
+
+    torn = replace(right("a"), views=tuple(replace(view(i), load_image=broken) for i in range(4)))
+    assert {p.kind for p in check(Download(a=torn), deep=True).problems} == {"unreadable"}
+
+
+class Reluctant(Download):
+    """Warns of what it leaves out."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        for _ in range(2):
+            logging.getLogger("ditr_cache.datasets.somewhere").warning("3 of %d scans are left out", 9)
+
+
+def test_what_the_reader_warns_of_is_in_the_report(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(base_module.DATASETS, "download", "test_check:Reluctant")
+    done = run("check", "--dataset", "download", "--root", str(tmp_path), "--json")
+    assert done.code == 0 and done.json["warnings"] == ["3 of 9 scans are left out"]
+    text = run("check", "--dataset", "download", "--root", str(tmp_path)).out
+    assert "warning: 3 of 9 scans are left out" in text and text.strip().endswith("no problems, 1 warnings")
+
+
+class Locked(Download):
+    """Below a folder that cannot be listed."""
+
+    def __init__(self, root: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(root / "sequences"))
+
+
+def test_a_root_that_cannot_be_listed(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(base_module.DATASETS, "download", "test_check:Locked")
+    done = run("check", "--dataset", "download", "--root", str(tmp_path))
+    assert done.code == 2 and "Permission denied" in done.err and "make it readable" in done.err
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------

@@ -177,6 +177,17 @@ def test_damaged_views_and_scans_are_left_out_and_the_others_are_right(
     assert again.totals.partitions == {"done": 0, "reused": 2, "failed": 0}
 
 
+def test_a_scan_that_is_gone_for_the_second_vfm_costs_no_other(drive, tmp_path, position_checkpoint, monkeypatch):
+    first = run(tmp_path, position_checkpoint, "cache")
+    monkeypatch.setattr(drive, "gone", (1, 4, 5, 6))
+    again = run_dataset("drive", tmp_path, tmp_path / "cache", position_checkpoint, grid=(12, 16))
+    assert again.totals.partitions == {"done": 1, "reused": 0, "failed": 1}
+    assert {f.sample for f in again.totals.failures} == {"00/000001", "00/000004", "00/000005", "00/000006"}
+    assert all("truncated" in f.error for f in again.totals.failures)
+    (key,) = {spec.key for spec in again.cache.vfms.values()} - set(first.cache.vfms)
+    assert again.cache.read("00/000000", key).valid.any() and not again.cache.read("00/000001", key).valid.any()
+
+
 def test_scans_without_labels_among_others_are_unlabelled_ones(drive, tmp_path, position_checkpoint, monkeypatch):
     monkeypatch.setattr(drive, "unlabelled", (1, 4, 5, 6))
     found = run(tmp_path, position_checkpoint, "cache")
