@@ -223,8 +223,16 @@ class CacheWriter:
         return cls(url)
 
     def check(self, metadata: CacheMetadata) -> None:
-        """Raise `MismatchError` where the cache was made with other metadata; names each part that differs."""
+        """Raise `MismatchError` where the cache was made with other metadata; names each part that differs.
+
+        Of another dataset, that alone is named.
+        """
         have, want = asdict(self.metadata), asdict(metadata)
+        if have["dataset"] != want["dataset"]:  # then everything else differs, too
+            raise MismatchError(
+                f"cache {str(self.paths.root)!r} is of dataset {have['dataset']!r}, asked for {want['dataset']!r}; use "
+                "another --out"
+            )
         pairs = [(k, have[k], want[k]) for k in want if k != "links"]
         pairs += [(f"links.{k}", have["links"][k], want["links"][k]) for k in want["links"]]
         differing = [f"{name}: the cache has {old!r}, asked for {new!r}" for name, old, new in pairs if old != new]

@@ -58,6 +58,13 @@ class Task(ABC):
                     f"{cache.metadata.dataset!r}; use a recipe of that dataset (`ditr-train recipes`), or take the "
                     "other cache"
                 )
+            if source.vfm is not None:
+                try:
+                    cache.resolve_vfm(source.vfm)
+                except (UnknownNameError, UsageError) as error:
+                    key = f"sources.{number}.vfm" if recipe.sources else "vfm"
+                    text = str(error).removesuffix(".")
+                    raise type(error)(f"{text}; the recipe's is changed with --set {key}=NAME") from error
             data = source.data(recipe.data)
             common: dict[str, Any] = {
                 **data.reading(), "vfm": source.vfm, "labelled": self.labelled,

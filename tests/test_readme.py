@@ -1,4 +1,5 @@
-"""Every command and every line of Python that the README gives, run on a small generated dataset."""
+"""Every command and every line of Python that the README gives, run on a small generated dataset; and the commands of
+docs/datasets/posed.md, which ask more of the recipe than those of other datasets."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from ditr_train.foreign.networks import public_network
 from ditr_train.foreign.weights import give
 from ditr_train.models.build import build_segmentor
 from ditr_train.recipe_files import load_recipe
-from layouts import nuscenes
+from layouts import nuscenes, posed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -119,6 +120,24 @@ def test_commands_and_python_run_in_order(place: Path, monkeypatch: pytest.Monke
     exec(python, names)
     item = names["Points"](place / "cache", "train", vfm="test_vit")[0]
     assert len(item["coord"]) == len(item["feature"]) == len(item["valid"]) and item["valid"].any()
+
+
+@pytest.mark.parametrize(("points", "options"), [("ply", ""), ("las", " --option normals=estimate")])
+def test_the_commands_of_the_page_on_own_captures(
+    points: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cloud in LAS has no normals, which the recipe reads."""
+    posed.write(tmp_path / "captures", points=points, depth=True, names=("a", "b", "c", "d"), count=500)
+    declare_missing_operators()
+    import timm
+    import torch
+
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "test_vit.pt")
+    page = (ROOT / "docs/datasets/posed.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    for command in block.splitlines():
+        run(stand_in(command + options * (" extract " in command), tmp_path), monkeypatch)
+    assert (tmp_path / "runs/own/best.pt").exists()
 
 
 def test_make_targets_and_extras_exist() -> None:

@@ -101,7 +101,7 @@ class RGBDDataset(Dataset):
     title: ClassVar[str] = "posed RGB-D frames in the layout of 7-Scenes or Open3D"
     needs: ClassVar[tuple[Need, ...]] = (
         Need("<capture>/frame-<n>.color.jpg|png, .depth.png, .pose.txt", "frames (7-Scenes)", "your own capture"),
-        Need("<capture>/color/ depth/ odometry.log", "or: frames (Open3D)", "your own capture"),
+        Need("<capture>/color/ depth/ odometry.log", "or: frames (Open3D)", "your own capture", optional=True),
         Need("camera-intrinsics.txt", "intrinsics, in the capture's folder or above it", "your own capture"),
     )
     options: ClassVar[tuple[Option, ...]] = (

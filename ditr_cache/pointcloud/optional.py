@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from ditr_cache.errors import UsageError
@@ -22,4 +23,18 @@ def require(module: str, purpose: str, extra: str = "io") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f"{purpose} need the library {module!r}; pip install 'ditr[{extra}]'") from error
+        raise _absent(module, purpose, extra) from error
+
+
+def check_installed(module: str, purpose: str, extra: str = "io") -> None:
+    """Raise the `UsageError` of `require` where a module is not installed, without importing it."""
+    try:
+        installed = importlib.util.find_spec(module.partition(".")[0]) is not None
+    except ValueError:  # it is loaded, and was not found as others are
+        installed = True
+    if not installed:
+        raise _absent(module, purpose, extra)
+
+
+def _absent(module: str, purpose: str, extra: str) -> UsageError:
+    return UsageError(f"{purpose} need the library {module!r}; pip install 'ditr[{extra}]'")

@@ -246,7 +246,10 @@ class CachedDataset:
         else:
             i = next(i for i, (a, b) in enumerate(zip(expected, have, strict=True)) if a != b)
             part = f"class {i} is expected to be {expected[i]!r}, the cache says {have[i]!r}"
-        raise MismatchError(f"cache {root!r}: the classes differ: {part}; use the cache that belongs to the recipe")
+        raise MismatchError(
+            f"cache {root!r}: the classes differ: {part}; use the cache that belongs to the recipe, or, to train on "
+            "this one's own classes, --set classes=null"
+        )
 
     def _check_arrays(self) -> None:
         if not self.feat:

@@ -38,6 +38,7 @@ def test_a_dataset_says_what_it_needs_and_takes(name):
     cls = dataset_class(name)
     assert cls.name == name and cls.title
     assert any(not need.optional for need in cls.needs)
+    assert all(need.optional for need in cls.needs if need.content.startswith("or:"))
     assert all(need.path and need.content and need.download for need in cls.needs)
     keywords = set(inspect.signature(cls.__init__).parameters) - {"self", "root"}
     for option in cls.options:

@@ -187,7 +187,7 @@ def test_a_cache_belongs_to_one_dataset(extract: Extract) -> None:
     extract("--limit", 1)
     code, _, error = extract("--dataset", "scannet")
     assert code == 2
-    assert "dataset: the cache has 'rooms', asked for 'scannet'" in error
+    assert "is of dataset 'rooms', asked for 'scannet'; use another --out" in error and "class" not in error
 
 
 # --- fuse and codec -------------------------------------------------------------------------------------------------

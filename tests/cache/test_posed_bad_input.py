@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -542,6 +543,26 @@ def test_depth_of_one_frame_is_missing(root):
     assert np.all(read(root, depth_unit=0.01).views[0].load_depth() == 30)
     np.save(root / "a" / "depth" / "1.npy", np.zeros((12, 20)))
     assert "20x12 pixels, expected 32x24" in read(root).broken_views[0][1]
+
+
+def test_all_depth_maps_are_missing(root):
+    """With the images there, and with one of them gone, too."""
+    for n in range(3):
+        edit_frame(root, n, depth_file_path=f"depth/{n}.npy")
+    ((view, error),) = read(root).broken_views
+    assert view == "" and "of its 3 frames 3 lack the depth map: points without features" in error
+    assert "0.npy: no such file; copy the depth maps" in error and "--option depth=none" in error
+    (root / "a" / "images" / "0.png").unlink()
+    ((_, error),) = read(root).broken_views
+    assert "of its 3 frames 2 lack the depth map and 1 the image" in error and "1.npy: no such file" in error
+    assert len(read(root, depth="none").views) == 2
+
+
+def test_the_library_of_normals_is_named_at_construction(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert open_dataset("posed", root)
+    with pytest.raises(UsageError, match=r"estimated normals need .*pip install 'ditr\[datasets\]'"):
+        open_dataset("posed", root, {"normals": "estimate"})
 
 
 @pytest.mark.parametrize(

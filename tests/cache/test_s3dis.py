@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -345,6 +346,38 @@ def test_which_release_a_folder_of_another_name_is(small, tmp_path):
     assert len(dataset.read(OFFICE).views) == 5
 
 
+def test_the_folder_above_or_inside_is_passed(small, tmp_path):
+    root = tmp_path / "up" / "s3dis"
+    shutil.copytree(small[0] / ALIGNED, root / ALIGNED)
+    (tmp_path / "up" / "a").mkdir()
+    with pytest.raises(MissingDataError, match=f"neither .* nor .* in .*; pass '{root}' with --root"):
+        open_dataset("s3dis", tmp_path / "up")
+    with pytest.raises(MissingDataError, match=f"; pass its parent '{root / ALIGNED}' with --root"):
+        open_dataset("s3dis", root / ALIGNED / "Area_5")
+    with pytest.raises(
+        MissingDataError, match=r"expected folders such as .*Aligned_Version/Area_5/.*Aligned_Version\.zip"
+    ):
+        open_dataset("s3dis", tmp_path / "up" / "a")
+
+
+def test_the_archive_of_the_release_is_named(small, tmp_path):
+    with pytest.raises(MissingDataError) as error:
+        open_dataset("s3dis", small[0], {"release": "v1.2"})
+    assert "no 'Stanford3dDataset_v1.2' in" in str(error.value) and "unpack Stanford3dDataset_v1.2.zip" in str(
+        error.value
+    )
+    (tmp_path / "Stanford3dDataset_v1.2" / "Area_5" / "office_19").mkdir(parents=True)
+    with pytest.raises(MissingDataError, match=r"unpack Stanford3dDataset_v1\.2\.zip .* again"):
+        open_dataset("s3dis", tmp_path).read(OFFICE)
+
+
+@pytest.mark.parametrize("library", ["pyarrow", "scipy"])
+def test_a_missing_library_is_named_at_construction(small, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UsageError, match=rf"'{library}'; pip install 'ditr\[datasets\]'"):
+        open_dataset("s3dis", small[0])
+
+
 def test_images_of_another_size_bring_their_intrinsics(run, copy):
     root, truth = copy
     for path in root.glob("2D-3D-S/*/data/rgb/*.png"):
@@ -575,7 +608,7 @@ def test_images_that_none_can_be_read(copy):
         (b"", r"no points, expected lines 'x y z r g b'"),
         (b"\n \n", r"no points"),
         (b"1.000 2.000 3.000 4 5\n", r"expected lines 'x y z r g b', got 5 values"),
-        (b"1.000 2.000 3.000 4 5 6\n1.000 2.0", r"cannot be read \(.*row 2"),
+        (b"1.000 2.000 3.000 4 5 6\n1.000 2.0", r"cannot be read \(.*row 2\)"),
         (b"1.000 2.000 3.000 4 5 6\n1.000 2,000 3.000 4 5 6\n", r"cannot be read .*'2,000'.* row 1"),
         (b"1.000 2.000 3.000 4 5 6\n1.000 nan 3.000 4 5 6\n", r"line 2 is not finite"),
         (b"1.000 2.000 3.000 4 5 6\n1.000 2.000 3.000 4 500 6\n", r"colour .*500.* in line 2, expected 0 to 255"),
@@ -588,6 +621,7 @@ def test_a_damaged_annotation(copy, content, said):
     with pytest.raises(DataError, match=rf"wall_1\.txt: {said}") as error:
         s3dis_points.read_points(path.parents[1], np.eye(4), np.zeros((0, 3)))
     assert "unpack" in str(error.value) and "Aligned_Version.zip" in str(error.value)
+    assert "usecols" not in str(error.value)
 
 
 def test_an_annotation_of_absurd_size_or_extent(copy, monkeypatch):
@@ -640,10 +674,10 @@ def test_no_angle_and_no_answer_from_depth_maps(copy):
     (copy[0] / ALIGNED / "Area_5" / "Area_5_alignmentAngle.txt").unlink()
     for path in copy[0].glob("2D-3D-S/*/data/depth/*office_19*"):
         Image.fromarray(np.full((160, 160), 65535, np.uint16)).save(path)
-    with pytest.raises(DataError, match=rf"'{OFFICE}': no file of alignment angles.*get Area_<n>_alignmentAngle\.txt"):
+    with pytest.raises(DataError, match=r"^no file of alignment angles.*get Area_<n>_alignmentAngle\.txt"):
         read(copy[0])
     shutil.rmtree(copy[0] / layout.IMAGES)
-    with pytest.raises(MissingDataError, match=r"no angle of room 'office_19'.*Area_5_alignmentAngle\.txt; unpack"):
+    with pytest.raises(MissingDataError, match=r"^no angle of room 'office_19'.*Area_5_alignmentAngle\.txt; unpack"):
         read(copy[0], frame="area")
 
 

@@ -291,7 +291,20 @@ def test_frame_without_depth_is_broken(scan):
     (scan / "depth" / "10.png").unlink()
     sample = read(scan)
     assert len(sample.views) == 2 and sample.broken_views[0][0] == "10"
-    assert "no depth file" in sample.broken_views[0][1]
+    assert "no depth file for 10.jpg; export depth with" in sample.broken_views[0][1]
+
+
+@pytest.mark.parametrize("folder", ["missing", "empty"])
+def test_depth_was_not_exported_at_all(scan, folder):
+    """One message, not one a frame."""
+    shutil.rmtree(scan / "depth")
+    if folder == "empty":
+        (scan / "depth").mkdir()
+    sample = read(scan)
+    assert not sample.views
+    ((view, error),) = sample.broken_views
+    assert view == "" and f"{scan / 'depth'}: no depth maps of the 3 images" in error
+    assert "SensReader (--export_depth_images), then run again with --retry-incomplete" in error
 
 
 @pytest.mark.parametrize(("name", "load"), [("color/2.jpg", "load_image"), ("depth/2.png", "load_depth")])
@@ -555,10 +568,21 @@ def test_unknown_names(scan):
 def test_roots_that_are_not_the_dataset(tmp_path, scan):
     with pytest.raises(MissingDataError, match="is not a folder"):
         open_dataset("scannet", tmp_path / "nowhere")
-    with pytest.raises(MissingDataError, match="no folder 'scans'"):
-        open_dataset("scannet", scan)
-    with pytest.raises(MissingDataError, match="pass its parent"):
+    root = scan.parent.parent
+    below = tmp_path / "1" / "up" / "scannet"
+    (below / "scans").mkdir(parents=True)
+    for near, right in ((below.parent, below), (scan, root)):
+        with pytest.raises(MissingDataError, match=f"no folder 'scans' in .*; pass '{right}' with --root"):
+            open_dataset("scannet", near)
+    with pytest.raises(MissingDataError, match=f"pass its parent '{root}'"):
         open_dataset("scannet", scan.parent)
+    (tmp_path / "1" / "2" / "3").mkdir(parents=True)
+    with pytest.raises(
+        MissingDataError, match=r"; expected scans/<id>/<id>_vh_clean_2\.ply there, from: download-scann"
+    ):
+        open_dataset("scannet", tmp_path / "1" / "2" / "3")
+    with pytest.raises(MissingDataError, match=r"; expected scans/<id>/ there, from: ditr-cache synthesize"):
+        open_dataset("rooms", tmp_path / "1" / "2" / "3")
     (tmp_path / "empty" / "scans").mkdir(parents=True)
     with pytest.raises(MissingDataError, match="no scan in"):
         open_dataset("scannet", tmp_path / "empty")

@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import shutil
+import sys
 import time
 from dataclasses import replace
 from functools import cache
@@ -388,10 +389,16 @@ def test_a_lens_that_is_ignored_is_found(write, again, monkeypatch):
 
 def test_the_folder_of_the_scenes_is_passed(copy):
     root, _ = copy
-    with pytest.raises(MissingDataError, match=r"no folder 'data' .*; pass its parent .* with --root"):
-        open_dataset("scannetpp", root / "data")
-    with pytest.raises(MissingDataError, match=r"no folder 'data' .*; pass the folder above it"):
-        open_dataset("scannetpp", root / "splits")
+    (root.parent / "a").mkdir()
+    (root.parent / "empty" / "data").mkdir(parents=True)  # which many folders have
+    for inside in ("data", "splits"):
+        with pytest.raises(MissingDataError, match=rf"no folder 'data' .*; pass its parent '{root}' with --root"):
+            open_dataset("scannetpp", root / inside)
+    for near in (root / "data" / TRAIN, root.parent):
+        with pytest.raises(MissingDataError, match=rf"no folder 'data' .*; pass '{root}' with --root"):
+            open_dataset("scannetpp", near)
+    with pytest.raises(MissingDataError, match=r"no folder 'data' .*; expected data/<id>/scans/mesh_aligned.*script"):
+        open_dataset("scannetpp", root.parent / "a")
 
 
 def test_no_lists_and_no_scenes(copy):
@@ -713,6 +720,18 @@ def test_frames_that_the_toolkit_extracted_in_part(write, tmp_path):
     broken = dict(read(root, "iphone").broken_views)
     assert "frame_000010.jpg: no such file, and no video; download" in broken["frame_000010"]
     assert "frame_000020.png: no such file, and no depth.bin; download" in broken["frame_000020"]
+
+
+def test_missing_libraries_are_named_at_construction_where_they_are_needed(write, monkeypatch):
+    packed, prepared = write()[0], write(**PREPARED)[0]
+    for library in ("av", "lz4"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, library, None)
+            for views in ("iphone", "iphone-video"):
+                with pytest.raises(UsageError, match=rf"'{library}'; pip install 'ditr\[datasets\]'"):
+                    open_dataset("scannetpp", packed, {"views": views})
+                assert open_dataset("scannetpp", prepared, {"views": views})
+            assert open_dataset("scannetpp", packed)
 
 
 def test_the_library_for_videos_is_named_before_work_starts(write, monkeypatch):

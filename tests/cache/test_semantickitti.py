@@ -417,6 +417,11 @@ def test_no_sequences(tmp_path: Path, small: Path) -> None:
     for inside in (small, small.parent):
         with pytest.raises(MissingDataError, match=f"pass {str(small.parents[1])!r} with --root"):
             open_dataset(NAME, inside)
+    above = tmp_path / "up"
+    (above / "a").mkdir(parents=True)
+    (above / "kitti" / "sequences").mkdir(parents=True)
+    with pytest.raises(MissingDataError, match=f"no folder 'sequences'.*; pass '{above / 'kitti'}' with --root"):
+        open_dataset(NAME, above)
     shutil.rmtree(small / "velodyne")
     with pytest.raises(MissingDataError, match=r"no scan such as 00/velodyne/000000\.bin.*data_odometry_velodyne\.zip"):
         open_dataset(NAME, tmp_path)

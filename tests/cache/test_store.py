@@ -400,14 +400,21 @@ def test_other_settings_are_refused_by_name(writer, make_metadata):
     assert CacheWriter.create(writer.paths.root, make_metadata()).metadata == writer.metadata
     links = make_metadata().links
     other = make_metadata(
-        dataset="scannet", links=type(links)(every_nth_frame=links.every_nth_frame, occlusion_tolerance=0.5)
+        dataset_options={"views": "all"},
+        links=type(links)(every_nth_frame=links.every_nth_frame, occlusion_tolerance=0.5),
     )
     with pytest.raises(MismatchError) as caught:
         CacheWriter.create(writer.paths.root, other)
     text = str(caught.value)
-    assert "dataset: the cache has 'fake', asked for 'scannet'" in text
+    assert "dataset_options: the cache has {}, asked for {'views': 'all'}" in text
     assert "links.occlusion_tolerance: the cache has 0.2, asked for 0.5" in text
     assert "class_names" not in text and "depth_min" not in text and "another --out" in text
+
+
+def test_a_cache_of_another_dataset_is_refused_by_that_alone(writer, make_metadata):
+    other = make_metadata(dataset="scannet", class_names=tuple(f"class {i}" for i in range(200)))
+    with pytest.raises(MismatchError, match=r"is of dataset 'fake', asked for 'scannet'; use another --out$"):
+        CacheWriter.create(writer.paths.root, other)
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------

@@ -796,6 +796,15 @@ def test_positions_are_numbers_with_gaps_in_their_order(copy: Path) -> None:
     assert not sample.broken_views
 
 
+def test_a_folder_above_the_root(copy: Path, tmp_path: Path) -> None:
+    root = tmp_path / "up" / "s3d"
+    (tmp_path / "up" / "a").mkdir(parents=True)
+    shutil.copytree(copy, root / "unpacked")
+    assert open_dataset("structured3d", root).ids
+    with pytest.raises(MissingDataError, match=f"no room with renderings at .*; pass '{root}' with --root"):
+        open_dataset("structured3d", root.parent)
+
+
 def test_a_root_without_rooms(tmp_path: Path) -> None:
     with pytest.raises(MissingDataError, match=r"no room with renderings at .*expected Structured3D/.*--root"):
         open_dataset("structured3d", tmp_path)

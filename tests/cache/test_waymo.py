@@ -593,6 +593,12 @@ def test_a_wrong_root(place, hint, copy):
     assert said(error, "no folder 'training'", hint)
 
 
+def test_the_folder_above_is_passed(copy):
+    (copy.parent / "a" / "training").mkdir(parents=True)  # somebody else's
+    with pytest.raises(MissingDataError, match=f"no folder 'training' in .*; pass '{copy}' with --root"):
+        open_dataset("waymo", copy.parent)
+
+
 def test_an_empty_split(copy):
     for path in (copy / "training").glob("*/*.parquet"):
         path.unlink()

@@ -372,7 +372,9 @@ def test_faults_are_found_before_the_start(
         return {**DISTILL, "sources": [{"cache": str(path)} for path in caches], **changes}
 
     refused(MismatchError, "for dataset 'scannet', but cache .* is of 'test'", dataset="scannet")
-    refused(UnknownNameError, "dinov2-large", vfm="dinov2-large")
+    refused(
+        UnknownNameError, r"dinov2-large.* adds one; the recipe's is changed with --set vfm=NAME$", vfm="dinov2-large"
+    )
     refused(UnknownNameError, "dinov2-large", **{**DISTILL, "vfm": "dinov2-large"})
     refused(UnknownNameError, "trian", splits={"train": "trian"})
     narrow, wide = cache("narrow", make_spec()), cache("wide", make_spec(dim=12))
@@ -381,6 +383,8 @@ def test_faults_are_found_before_the_start(
     refused(MismatchError, "weights_sha256 of the VFM differs", None, **joint(narrow, other))
     half = cache("half", make_spec(codec="float16"))
     refused(MismatchError, "the codec differs: 'int8'", None, **joint(narrow, half))
+    refused(UnknownNameError, r"--set sources\.1\.vfm=NAME$", None,
+            **{**DISTILL, "sources": [{"cache": str(narrow)}, {"cache": str(narrow), "vfm": "none"}]})  # fmt: skip
     refused(UsageError, "cache and sources are both set", tiny_cache, **joint(narrow))
     refused(UsageError, "task is segment", None, sources=[{"cache": str(narrow)}])
     refused(UsageError, "task is distill but vfm is null", **{**DISTILL, "vfm": None})

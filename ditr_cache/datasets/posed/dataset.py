@@ -32,6 +32,7 @@ from ditr_cache.datasets.posed.colmap_model import model_folder, read_workspace
 from ditr_cache.datasets.posed.frames import Description, PosedFrame, in_time_order, moved, view_of, world_offset
 from ditr_cache.datasets.posed.transforms import FILE, read_transforms
 from ditr_cache.errors import DataError, MissingDataError, UsageError, shortened
+from ditr_cache.pointcloud.optional import check_installed
 from ditr_cache.sample import Points, Sample, View
 
 _LOG = logging.getLogger(__name__)
@@ -57,14 +58,19 @@ class PosedDataset(Dataset):
     Raises:
         MissingDataError: no capture found.
         DataError: classes or split lists that are not understood.
-        UsageError: options that exclude each other.
+        UsageError: options that exclude each other, or a library that one needs is not installed.
     """
 
     name: ClassVar[str] = "posed"
     title: ClassVar[str] = "your own posed images (nerfstudio, Instant-NGP, COLMAP) with a point cloud (PLY, LAS, PCD)"
     needs: ClassVar[tuple[Need, ...]] = (
         Need("<capture>/transforms.json", "poses and intrinsics (nerfstudio, Instant-NGP)", "ns-process-data"),
-        Need("<capture>/sparse/0/cameras.bin, images.bin", "or: the same by COLMAP (.bin or .txt)", "colmap mapper"),
+        Need(
+            "<capture>/sparse/0/cameras.bin, images.bin",
+            "or: the same by COLMAP (.bin or .txt)",
+            "colmap mapper",
+            optional=True,
+        ),
         Need(
             "<capture>/images/",
             "images, where the file above says; without them points have no features",
@@ -128,6 +134,8 @@ class PosedDataset(Dataset):
             raise UsageError(f"dataset {self.name!r}: points=depth needs depth maps, but depth=none leaves them out")
         if "/" in points:
             raise UsageError(f"option points={points!r} of dataset {self.name!r}: expected a file's name, no path")
+        if normals == "estimate":
+            check_installed("scipy", "estimated normals", "datasets")
         self.root = root
         self.points, self.depth, self.normals = points, depth, normals
         self.depth_unit, self.depth_max, self.voxel_size = depth_unit, depth_max, voxel_size
@@ -263,9 +271,21 @@ def _views(
         other = next((error for _, error in broken if not isinstance(error, MissingDataError)), None)
         if other is not None:
             raise DataError(f"{described.source}: none of its {len(broken)} frames can be used; {other}")
-        lost = (
+        return (), (("", _lost(frames, described, broken)),)
+    return tuple(views.values()), tuple((frame, str(error)) for frame, error in broken)
+
+
+def _lost(frames: Sequence[PosedFrame], described: Description, broken: Sequence[tuple[str, DataError]]) -> str:
+    """What to say where every frame lacks its image or its depth map."""
+    bare = [frame.depth for frame in frames if frame.image.is_file()]
+    if not bare:
+        return (
             f"{described.source}: none of its {len(broken)} images is there: points without features; {broken[0][1]}, "
             "then run again with --retry-incomplete"
         )
-        return (), (("", lost),)
-    return tuple(views.values()), tuple((frame, str(error)) for frame, error in broken)
+    return (
+        f"{described.source}: of its {len(broken)} frames {len(bare)} lack the depth map"
+        + (f" and {len(broken) - len(bare)} the image" if len(bare) < len(broken) else "")
+        + f": points without features; {bare[0]}: no such file; copy the depth maps, then run again with "
+        "--retry-incomplete, or leave all depth maps out with --option depth=none and another --out"
+    )

@@ -23,17 +23,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release, ids_by_split
+from ditr_cache.datasets.roots import other_root
 from ditr_cache.datasets.s3dis.points import (
     CLASSES,
     POINTS_DOWNLOAD,
     Outline,
     annotation_files,
+    download_of,
     read_outline,
     read_points,
 )
 from ditr_cache.datasets.s3dis.room_images import FOLDERS, IMAGES_DOWNLOAD, AreaImages, find_images
 from ditr_cache.datasets.s3dis.turn import V1_2_TURNED, quarter_turn, read_angles, settle_angle
 from ditr_cache.errors import MissingDataError, UsageError
+from ditr_cache.pointcloud.optional import check_installed
 from ditr_cache.sample import Sample, View
 from ditr_cache.schema import LinkSettings
 
@@ -63,7 +66,7 @@ class S3DISDataset(Dataset):
 
     Raises:
         MissingDataError: no release of S3DIS, or no room in it; no images in the folder that was named.
-        UsageError: the name of the folder does not tell which release it is.
+        UsageError: the name of the folder does not tell which release it is, or a library is not installed.
     """
 
     name: ClassVar[str] = "s3dis"
@@ -123,6 +126,8 @@ class S3DISDataset(Dataset):
     ) -> None:
         self.root = root
         self.val_area, self.frame = val_area, frame
+        check_installed("pyarrow", "the text files of S3DIS", "datasets")
+        check_installed("scipy", "normals of S3DIS, which are estimated,", "datasets")
         self._points, found = _find_points(root, release)
         self._file_frame = "aligned" if found == "aligned" else "area"
         self._images = _find_images(root, self._points, images)
@@ -135,7 +140,7 @@ class S3DISDataset(Dataset):
         if not self._rooms:
             raise MissingDataError(
                 f"dataset {self.name!r}: no room in {self._points}, expected folders such as Area_5/office_19; unpack "
-                f"{POINTS_DOWNLOAD}"
+                f"{download_of(self._points)}"
             )
         split_of = {sample_id: self._split(room) for sample_id, room in self._rooms.items()}
         self.ids = ids_by_split(split_of, sorted(set(split_of.values())))
@@ -216,7 +221,7 @@ class S3DISDataset(Dataset):
         angle = self._angle(room)
         if angle is None and self.frame != file_frame and (file_frame == "area" or not views):
             raise MissingDataError(
-                f"sample {sample_id!r}: no angle of room {room.folder.name!r} in "
+                f"no angle of room {room.folder.name!r} in "
                 f"{self._points / f'Area_{room.area}' / f'Area_{room.area}_alignmentAngle.txt'}; unpack "
                 f"{POINTS_DOWNLOAD} again, or read the rooms as they are in the files with --option frame={file_frame}"
             )
@@ -269,10 +274,14 @@ def _find_points(root: Path, release: str) -> tuple[Path, str]:
         if _areas(root / folder):
             return root / folder, found
     if not _areas(root):
+        names = list(wanted.values())
+        expected = (
+            f"folders such as {names[0]}/Area_5/office_19/Annotations; unpack {download_of(root / names[0])} and pass "
+            "the folder that holds it with --root"
+        )
         raise MissingDataError(
-            f"dataset 's3dis': neither {' nor '.join(repr(f) for f in wanted.values())} in {str(root)!r}, expected "
-            f"folders such as {next(iter(wanted.values()))}/Area_5/office_19/Annotations; unpack {POINTS_DOWNLOAD} and "
-            "pass the folder that holds it with --root"
+            f"dataset 's3dis': {'neither' if names[1:] else 'no'} {' nor '.join(repr(name) for name in names)} in "
+            f"{str(root)!r}; {other_root(root, partial(_is_root, names), expected)}"
         )
     by_name = {folder: found for found, folder in RELEASES.items()}
     if release == "auto" and root.resolve().name not in by_name:
@@ -281,6 +290,12 @@ def _find_points(root: Path, release: str) -> tuple[Path, str]:
             "--option release=aligned (rooms turned one by one) or --option release=v1.2"
         )
     return root, by_name[root.resolve().name] if release == "auto" else release
+
+
+def _is_root(names: Sequence[str], folder: Path) -> bool:
+    """Whether one of the releases of these names can be read with this root."""
+    other = folder.name in RELEASES.values() and folder.name not in names
+    return any(_areas(folder / name) for name in names) or (not other and bool(_areas(folder)))
 
 
 def _areas(folder: Path) -> dict[int, Path]:

@@ -43,7 +43,6 @@ CLASSES = (
 COLUMNS = ("x", "y", "z", "r", "g", "b")
 POINTS_DOWNLOAD = "Stanford3dDataset_v1.2_Aligned_Version.zip (https://sdss.redivis.com/datasets/9q3m-9w5pa1a2h)"
 
-_DAMAGED = f"the file is damaged or cut off, unpack {POINTS_DOWNLOAD} again"
 _INDEX = {info.name: i for i, info in enumerate(CLASSES)}
 _CLUTTER = _INDEX["clutter"]  # whatever is none of the other twelve, say `stairs`
 
@@ -69,6 +68,17 @@ class Outline:
     some: NDArray[np.float64]
 
 
+def download_of(path: Path) -> str:
+    """The archive that a file of points is from, by the name of the folder of its release."""
+    return (
+        POINTS_DOWNLOAD.replace("_Aligned_Version", "") if "Stanford3dDataset_v1.2" in path.parts else POINTS_DOWNLOAD
+    )
+
+
+def _damaged(path: Path) -> str:
+    return f"the file is damaged or cut off, unpack {download_of(path)} again"
+
+
 def annotation_files(room: Path) -> list[Path]:
     """The objects of a room, in the order of its points.
 
@@ -84,7 +94,7 @@ def annotation_files(room: Path) -> list[Path]:
     if not files:
         raise MissingDataError(
             f"{folder / '<class>_<i>.txt'}: no such file, expected one for each object of the room; unpack "
-            f"{POINTS_DOWNLOAD} again, completely"
+            f"{download_of(folder)} again, completely"
         )
     return files
 
@@ -126,7 +136,7 @@ def read_points(room: Path, points_from_file: NDArray[np.float64], viewpoints: N
     size = coord.max(axis=0) - coord.min(axis=0)
     if size.max() > _MAX_EXTENT:
         raise DataError(
-            f"{room}: points spread over {np.round(size, 1).tolist()} m, expected a room in metres; {_DAMAGED}"
+            f"{room}: points spread over {np.round(size, 1).tolist()} m, expected a room in metres; {_damaged(room)}"
         )
     return Points(
         coord=coord.astype(np.float32),
@@ -146,7 +156,7 @@ def read_table(path: Path, columns: Sequence[str]) -> NDArray[np.float64]:
     """
     content = _repaired(path)
     if not content.strip():
-        raise DataError(f"{path}: no points, expected lines 'x y z r g b'; {_DAMAGED}")
+        raise DataError(f"{path}: no points, expected lines 'x y z r g b'; {_damaged(path)}")
     csv = require("pyarrow.csv", "the text files of S3DIS", "datasets")
     try:
         table = csv.read_csv(
@@ -162,7 +172,7 @@ def read_table(path: Path, columns: Sequence[str]) -> NDArray[np.float64]:
         values = _read_slowly(content, path)[:, [COLUMNS.index(name) for name in columns]]
     finite: NDArray[np.bool_] = np.isfinite(values).all(axis=1)
     if not finite.all():
-        raise DataError(f"{path}: line {int(finite.argmin()) + 1} is not finite; {_DAMAGED}")
+        raise DataError(f"{path}: line {int(finite.argmin()) + 1} is not finite; {_damaged(path)}")
     return values
 
 
@@ -171,9 +181,10 @@ def _read_slowly(content: bytes, path: Path) -> NDArray[np.float64]:
     try:
         values = np.loadtxt(io.BytesIO(content), dtype=np.float64, ndmin=2, comments=None, encoding="latin-1")
     except ValueError as error:
-        raise DataError(f"{path}: cannot be read ({error}); {_DAMAGED}") from error
+        reason = str(error).partition("; use `usecols`")[0]  # NumPy's advice to programmers
+        raise DataError(f"{path}: cannot be read ({reason}); {_damaged(path)}") from error
     if values.shape[1] != len(COLUMNS):
-        raise DataError(f"{path}: expected lines 'x y z r g b', got {values.shape[1]} values in each; {_DAMAGED}")
+        raise DataError(f"{path}: expected lines 'x y z r g b', got {values.shape[1]} values in each; {_damaged(path)}")
     return values
 
 
@@ -185,7 +196,7 @@ def _repaired(path: Path) -> bytes:
             raise DataError(f"{path}: {size} bytes, expected at most {_MAX_BYTES} for one object of a room")
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise MissingDataError(f"{path}: no such file; unpack {POINTS_DOWNLOAD} again") from error
+        raise MissingDataError(f"{path}: no such file; unpack {download_of(path)} again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     repaired = content.translate(_REPAIRED)
@@ -201,6 +212,6 @@ def _colors(values: NDArray[np.float64], path: Path) -> NDArray[np.uint8]:
     if bad.any():
         raise DataError(
             f"{path}: colour {values[bad.argmax()].tolist()} in line {int(bad.argmax()) + 1}, expected 0 to 255; "
-            f"{_DAMAGED}"
+            f"{_damaged(path)}"
         )
     return rounded.astype(np.uint8)

@@ -72,7 +72,7 @@ def settle_angle(announced: int | None, outline: Outline, views: Sequence[View],
         announced: by `source`; None where there is none.
         outline: of the points as the files have them.
         views: of the room, in the frame of the area.
-        where: names the room in messages.
+        where: names the room in warnings.
         source: what announced the angle.
 
     Raises:
@@ -84,7 +84,7 @@ def settle_angle(announced: int | None, outline: Outline, views: Sequence[View],
     if announced is None:
         if max(votes) <= 0:
             raise DataError(
-                f"{where}: no file of alignment angles, and its depth maps agree with none of {ANGLES} degrees; get "
+                f"no file of alignment angles, and the room's depth maps agree with none of {ANGLES} degrees; get "
                 "Area_<n>_alignmentAngle.txt from the S3DIS download (either release has it)"
             )
         _LOG.warning("%s: no alignment angle; depth maps say %d degrees (votes: %s)", where, best, counts)

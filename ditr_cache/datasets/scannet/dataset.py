@@ -34,6 +34,7 @@ from ditr_cache.datasets.images import read_color, read_depth
 from ditr_cache.datasets.meshes import Labels, ReadLabels, read_mesh_points
 from ditr_cache.datasets.nyu40 import ROOMS13, SCANNET20, nyu40_to_index
 from ditr_cache.datasets.ply import read_ply
+from ditr_cache.datasets.roots import other_root
 from ditr_cache.datasets.scannet.annotation import (
     AGGREGATION,
     LABEL_TABLE,
@@ -60,6 +61,7 @@ SPLITS = ("train", "val", "test")
 _SCAN_FOLDERS = ("scans", "scans_test")
 _LIST_FOLDERS = (".", "splits", "meta_data", "Tasks/Benchmark")
 _TABLE_FOLDERS = (".", "tasks", "meta_data", "scans")
+_DEPTH = "export depth with ScanNet's SensReader (--export_depth_images)"
 _VIDEO_FRAMES = 100  # a scan has hundreds: fewer frames in a row are somebody's choice
 
 
@@ -147,8 +149,9 @@ class ScanNetDataset(Dataset):
         self.root = root
         folders = [root / name for name in _SCAN_FOLDERS if (root / name).is_dir()]
         if not folders:
-            hint = f"pass its parent {str(root.parent)!r}" if root.name in _SCAN_FOLDERS else "pass the folder above it"
-            raise MissingDataError(f"dataset {self.name!r}: no folder 'scans' in {str(root)!r}; {hint} with --root")
+            need = self.needs[0]
+            hint = other_root(root, _has_scans, f"{need.path} there, from: {need.download}")
+            raise MissingDataError(f"dataset {self.name!r}: no folder 'scans' in {str(root)!r}; {hint}")
         self._scans = {
             scan.name: scan
             for folder in reversed(folders)
@@ -272,6 +275,10 @@ class RoomsDataset(ScanNetDataset):
         """They never have any."""
 
 
+def _has_scans(root: Path) -> bool:
+    return any((root / name).is_dir() for name in _SCAN_FOLDERS)
+
+
 def released_file(scan: Path, suffix: str) -> Path:
     """The file of a scan that ScanNet's script names `--type suffix`. Raises `MissingDataError`."""
     path = scan / f"{scan.name}{suffix}"
@@ -341,13 +348,19 @@ def _sens_frames(path: Path) -> Frames:
 
 def _exported_frames(scan: Path, colors: Mapping[int, Path]) -> Frames:
     depths = numbered_files(scan / "depth", (".png",)) if (scan / "depth").is_dir() else {}
+    if not depths:
+        error = (
+            f"{scan / 'depth'}: no depth maps of the {len(colors)} images in color: its points have no features; "
+            f"{_DEPTH}, then run again with --retry-incomplete"
+        )
+        return (), (("", error),), False
     broken: list[tuple[str, str]] = []
     frames: list[tuple[str, NDArray[np.float64], Path, Path]] = []
     for number, color in colors.items():
         try:
             depth = depths.get(number)
             if depth is None:
-                raise MissingDataError(f"{scan / 'depth' / color.stem}.png: no depth file for {color.name}")
+                raise MissingDataError(f"{scan / 'depth' / color.stem}.png: no depth file for {color.name}; {_DEPTH}")
             frames.append((color.stem, read_tracked_pose(scan / "pose" / f"{color.stem}.txt"), color, depth))
         except DataError as error:
             broken.append((color.stem, str(error)))

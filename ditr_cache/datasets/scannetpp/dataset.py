@@ -23,8 +23,9 @@ from typing import ClassVar
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
 from ditr_cache.datasets.documents import read_lines
 from ditr_cache.datasets.meshes import read_mesh_points
+from ditr_cache.datasets.roots import other_root
 from ditr_cache.datasets.scannetpp.labels import Annotation, benchmark_classes, class_indices
-from ditr_cache.datasets.scannetpp.views import Frames, dslr_views, iphone_views, released
+from ditr_cache.datasets.scannetpp.views import Frames, check_libraries, dslr_views, iphone_views, released
 from ditr_cache.errors import MissingDataError, UsageError
 from ditr_cache.sample import Sample
 
@@ -49,7 +50,7 @@ class ScanNetPPDataset(Dataset):
 
     Raises:
         MissingDataError: no scenes, or no list of a split.
-        UsageError: no such source of views.
+        UsageError: no such source of views, or a library that its scenes need is not installed.
     """
 
     name: ClassVar[str] = "scannetpp"
@@ -123,9 +124,12 @@ class ScanNetPPDataset(Dataset):
         self.views = views
         self._scenes = root / "data"
         if not self._scenes.is_dir():
-            hint = f"pass its parent {str(root.parent)!r}" if root.name == "data" else "pass the folder above it"
-            raise MissingDataError(f"dataset {self.name!r}: no folder 'data' in {str(root)!r}; {hint} with --root")
+            expected = f"data/<id>/scans/mesh_aligned_0.05.ply there, as {_SCRIPT} has it"
+            hint = other_root(root, _has_scenes, expected)
+            raise MissingDataError(f"dataset {self.name!r}: no folder 'data' in {str(root)!r}; {hint}")
         self.ids = self._split_ids()
+        if views in ("iphone", "iphone-video"):
+            check_libraries(self._scenes / scene for ids in self.ids.values() for scene in ids)
         self._classes = benchmark_classes(root)
         self._index: Mapping[str, int] | None = None
 
@@ -196,3 +200,8 @@ class ScanNetPPDataset(Dataset):
                 self._scenes,
             )
         return ids
+
+
+def _has_scenes(root: Path) -> bool:
+    """Whether a folder is the release: others have a folder `data`, too."""
+    return (root / "data").is_dir() and ((root / "splits").is_dir() or (root / "metadata").is_dir())

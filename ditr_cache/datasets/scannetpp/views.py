@@ -26,6 +26,7 @@ from ditr_cache.datasets.images import read_color, read_depth
 from ditr_cache.datasets.scannetpp.depth import DEPTH_SIZE, read_depth_frame
 from ditr_cache.datasets.video import read_video_frame, require_video
 from ditr_cache.errors import DataError, MissingDataError
+from ditr_cache.pointcloud.optional import check_installed
 from ditr_cache.sample import Camera, View
 
 _LOG = logging.getLogger(__name__)
@@ -155,6 +156,24 @@ class _Frame:
     number: int
     camera: Camera
     camera_from_world: NDArray[np.float64]
+
+
+def check_libraries(scenes: Iterable[Path]) -> None:
+    """Raise `UsageError` where a library that the frames of some scene need is not installed; none is imported.
+
+    Scenes whose frames or depth were all extracted by the toolkit need none of them.
+    """
+    packed = {"video": False, "depth": False}
+    for scene in scenes:
+        folder = scene / "iphone"
+        packed["video"] |= not (folder / "rgb").is_dir() and any((folder / name).is_file() for name in VIDEOS)
+        packed["depth"] |= not (folder / "depth").is_dir() and (folder / "depth.bin").is_file()
+        if all(packed.values()):
+            break
+    if packed["video"]:
+        check_installed("av", "frames of videos", "datasets")
+    if packed["depth"]:
+        check_installed("lz4", "depth maps of ScanNet++'s iPhone", "datasets")
 
 
 def iphone_views(scene: Path, *, every_frame: bool) -> Frames:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.frames import check_principal_point, rigid_pose
+from ditr_cache.datasets.roots import root_below
 from ditr_cache.errors import DataError, MissingDataError, errors_at, shortened
 from ditr_cache.sample import Camera
 
@@ -57,8 +58,9 @@ class OdometryFolders:
         self.places = [place for place in dict.fromkeys(places) if place.is_dir()]
         if not self.places:
             here = root.resolve()
-            above = next((p.parent for p in (here, here.parent) if p.name == "sequences"), None)
-            hint = f"pass {str(above)!r}" if above else f"unpack {VELODYNE_ZIP}, and pass the folder that it went to"
+            near = next((p.parent for p in (here, here.parent) if p.name == "sequences"), None)
+            near = near or root_below(root, lambda p: (p / "sequences").is_dir() or any(p.glob("*/dataset/sequences")))
+            hint = f"pass {str(near)!r}" if near else f"unpack {VELODYNE_ZIP}, and pass the folder that it went to"
             raise MissingDataError(
                 f"dataset {dataset!r}: no folder 'sequences' or 'dataset/sequences' in {str(root)!r}; {hint} with "
                 "--root"

@@ -25,6 +25,7 @@ from typing import ClassVar
 
 from ditr_cache.datasets.base import ClassInfo, Dataset, Defaults, Need, Option, Release
 from ditr_cache.datasets.nyu40 import STRUCTURED3D25
+from ditr_cache.datasets.roots import root_below
 from ditr_cache.datasets.shipped import shipped_lines
 from ditr_cache.datasets.structured3d.renderings import Images, Rendering, open_rendering, room_points
 from ditr_cache.errors import DataError, MissingDataError, UsageError
@@ -257,10 +258,13 @@ def _list_rooms(root: Path) -> dict[str, _Room]:
                 rooms[name] = room
     if not rooms:
         packed = next(iter(sorted(root.glob("Structured3D_*.zip"))), None)
+        below = root_below(root, lambda folder: next(_scene_folders(folder), None) is not None)
         remedy = (
             f'unpack the archives first: for f in {packed.parent}/*.zip; do 7z x -y -o{packed.parent} "$f"; done '
             "(unzip cannot read those of the perspectives)"
             if packed
+            else f"pass {str(below)!r} with --root"
+            if below is not None
             else "pass the folder that the downloads were unpacked into with --root"
         )
         raise MissingDataError(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ditr_cache.datasets.base import SCANS_PER_PARTITION, ClassInfo, Dataset, Defaults, Need, Option, Release
+from ditr_cache.datasets.roots import root_below
 from ditr_cache.datasets.waymo.benchmark import TEST_FRAMES, class_table, read_test_frames
 from ditr_cache.datasets.waymo.camera import CAMERAS, image_from_frame, read_lens, read_shutter
 from ditr_cache.datasets.waymo.lidar import LASERS, TOP, frame_pose
@@ -393,6 +394,13 @@ def _hint(root: Path) -> str:
         return f"pass its parent {str(root.parent)!r} with --root"
     if any(next(place.glob("*.tfrecord"), None) for place in (root, *(root / f for f in SPLITS.values()))):
         return "TFRecords are version 1 of the dataset, download version 2 (Parquet) from waymo.com/open"
+    below = root_below(root, _has_components)
+    if below is not None:
+        return f"pass {str(below)!r} with --root"
     return (
         "expected <split>/<component>/<segment>.parquet of the Waymo Open Dataset, Perception v2.0.x (waymo.com/open)"
     )
+
+
+def _has_components(root: Path) -> bool:
+    return any((root / folder / component).is_dir() for folder in SPLITS.values() for component in COMPONENTS)
