@@ -237,7 +237,7 @@ def _describe(report: CheckReport, sample: Sample, links: LinkSettings) -> None:
     report.used += len(used)
     for broken, text in sample.broken_views:
         report.problems.append(Problem("missing" if _MISSING.search(text) else "unreadable", sample.id, broken, text))
-    if not used:
+    if not used and not sample.broken_views:  # which have said why
         report.problems.append(
             Problem("missing", sample.id, "", "no frame with a pose: its points will be kept with coverage 0")
         )
