@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ditr_cache.datasets.base import Dataset, OptionValue, open_dataset
 from ditr_cache.errors import CacheError, DataError, MissingDataError
 from ditr_cache.geometry import morton_order, point_spacing
-from ditr_cache.link import Links, check_pose, link_view, select_views
+from ditr_cache.link import Links, check_pose, evenly_spread, link_view, select_views
 from ditr_cache.overlay import Overlay
 from ditr_cache.sample import Camera, Points, Sample, View
 from ditr_cache.schema import IGNORE_INDEX, LinkSettings
@@ -119,11 +119,9 @@ class CheckReport:
         for kind, groups in alike.items():
             for found in list(groups.values())[:shown]:
                 first = found[0]
-                where = (
-                    f"{first.sample} view {first.view}: " if first.view else f"{first.sample}: " * bool(first.sample)
-                )
+                where = " view ".join(filter(None, (first.sample, first.view)))
                 more = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
-                yield f"{kind}: {where}{first.text}{more}"
+                yield ": ".join(filter(None, (kind, where, first.text))) + more
             if len(groups) > shown:
                 left = sum(len(found) for found in list(groups.values())[shown:])
                 yield f"{kind}: and {left} more (all with --json)"
@@ -200,14 +198,13 @@ def check(
             continue
         report.splits[split] = len(of_split)
         ids += list(of_split)
-    spread = np.linspace(0, len(ids) - 1, LOADED_SAMPLES).round().astype(int).tolist() if ids else []
-    loaded = set(range(len(ids))) if deep else set(spread)
+    loaded = set(ids if deep else evenly_spread(ids, LOADED_SAMPLES))
     content = _Content(dataset, report, every_view=deep)
     for position, sample_id in enumerate(ids):
         try:
             sample = dataset.read(sample_id)
             _describe(report, sample, dataset.defaults.links)
-            if position in loaded:
+            if sample_id in loaded:
                 content.read(sample)
         except (CacheError, OSError) as error:
             report.problems.append(_problem(error, sample_id))
@@ -303,11 +300,7 @@ class _Content:
         self._judge_extent(sample, points)
         views = select_views(sample, self._settings)
         if not self._every_view:
-            views = (
-                [views[i] for i in np.unique(np.linspace(0, len(views) - 1, LOADED_VIEWS).round().astype(int))]
-                if views
-                else []
-            )
+            views = evenly_spread(views, LOADED_VIEWS)
         spacing = point_spacing(coord)
         seen = np.zeros(len(coord), dtype=bool)
         usable = 0

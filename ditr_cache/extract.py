@@ -8,12 +8,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ditr_cache.datasets.base import Dataset, Partition, changed_options, open_dataset, partitions
-from ditr_cache.errors import MissingDataError, UsageError
+from ditr_cache.errors import MissingDataError, UnknownNameError, UsageError
 from ditr_cache.executors import run_here, run_on_dask
 from ditr_cache.files import Paths, local_path, read_document, remove_leftovers
 from ditr_cache.partition import ExtractSettings, PartitionWorker, committed, reused_summary
 from ditr_cache.progress import PartitionSummary, ProgressDisplay, RunTotals
-from ditr_cache.schema import CacheMetadata
+from ditr_cache.schema import OCCLUSION, CacheMetadata
 from ditr_cache.store import CacheWriter
 from ditr_cache.vfm import FrozenVFM, resolve_device
 
@@ -55,6 +55,8 @@ def resolve(request: ExtractRequest) -> tuple[Dataset, list[Partition], CacheMet
         links = replace(read_document(existing, CacheMetadata).links, **request.links)  # type: ignore[arg-type]
     except MissingDataError:
         links = replace(dataset.defaults.links, **request.links)  # type: ignore[arg-type]
+    if links.occlusion not in OCCLUSION:
+        raise UnknownNameError.of("occlusion test", links.occlusion, OCCLUSION)
     if links.depth_max is not None and links.depth_max <= links.depth_min:
         raise UsageError(
             f"no point is both nearer than --depth-max {links.depth_max:g} and farther than --depth-min "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from ditr_cache.geometry import (
 )
 from ditr_cache.sample import Sample, View
 from ditr_cache.schema import LinkSettings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,10 +48,14 @@ def select_views(sample: Sample, settings: LinkSettings) -> list[View]:
     """
     stride = settings.every_nth_frame or sample.every_nth_frame
     posed = [v for v in sample.views[::stride] if np.isfinite(v.camera_from_world).all()]
-    if settings.max_views is None or len(posed) <= settings.max_views:
-        return posed
-    chosen = np.linspace(0, len(posed) - 1, settings.max_views).round().astype(int)
-    return [posed[i] for i in chosen]
+    return posed if settings.max_views is None else evenly_spread(posed, settings.max_views)
+
+
+def evenly_spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, the first and the last among them, evenly spread; all where there are no more."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def check_pose(view: View) -> None:

@@ -248,8 +248,8 @@ def committed(
 ) -> tuple[GeometryRecord | None, FeatureRecord | None]:
     """What of a partition is there already and stays: its geometry, and its features made from that geometry."""
     geometry, features = writer.geometry(partition.id), writer.features(spec, partition.id)
-    if geometry is not None and len(partition.sample_ids) > 1 and not _same_samples(geometry, partition):
-        geometry = None  # a download that has grown since: other scans fall into the partition
+    if geometry is not None and not _same_samples(geometry, partition):
+        geometry = None  # a download that has changed since: other scans fall into the partition
     if geometry is None or (features is not None and features.geometry_digest != geometry.digest):
         features = None
     if retry_incomplete and any(r is not None and r.broken_views for r in (geometry, features)):

@@ -14,7 +14,7 @@ from ditr_cache.errors import DataError
 from ditr_cache.extract import ExtractRequest, resolve
 from ditr_cache.files import Paths, local_path
 from ditr_cache.lift import TokenTable, fuse
-from ditr_cache.link import select_views
+from ditr_cache.link import evenly_spread, select_views
 from ditr_cache.partition import PartitionWorker, committed, make_geometry
 from ditr_cache.progress import human_bytes, human_count
 from ditr_cache.schema import CacheMetadata, GeometryRecord, VFMSpec
@@ -131,9 +131,9 @@ def _mean_views(dataset: Dataset, metadata: CacheMetadata, missing: list[Partiti
     """Mean number of views of a sample."""
     ids = [sample_id for partition in missing for sample_id in partition.sample_ids]
     counts = []
-    for i in np.unique(np.linspace(0, len(ids) - 1, PROBED_SAMPLES).round().astype(int)):
+    for sample_id in evenly_spread(ids, PROBED_SAMPLES):
         try:
-            counts.append(len(select_views(dataset.read(ids[i]), metadata.links)))
+            counts.append(len(select_views(dataset.read(sample_id), metadata.links)))
         except DataError:
             continue  # the run itself will record it; the estimate rests on the others
     return float(np.mean(counts)) if counts else 0.0
@@ -167,7 +167,7 @@ def _probe(
     # Of few views most points repeat the row of a neighbour, which compresses as the rows of all views will not:
     # fused by `last`, as in the layout `views`, every row is stored once, and tells what a row of its own takes.
     fuse_once = None if request.settings.layout == "views" else "last"
-    worker = PartitionWorker(replace(request.settings, cache=str(folder / "few"), fuse=fuse_once), vfm)
+    worker = PartitionWorker(replace(request.settings, cache=str(folder / "few"), fuse=fuse_once), vfm, dataset=dataset)
     vfm.embed([np.zeros((*vfm.spec.image_size, 3), dtype=np.uint8)])  # the first pass is never a typical one
     worker(partition)
     features = worker.writer.features(worker.spec, partition.id)

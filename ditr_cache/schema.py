@@ -30,6 +30,10 @@ as DITR does outdoors."""
 LAYOUTS = ("fused", "views")
 """How a feature store is laid out: one row per visible point, or every token that a link sees, stored once."""
 
+DEFAULT_GRID = (30, 40)
+"""Tokens (rows, columns) of an image where neither an image size nor a dataset's recipe says otherwise: DITR's 420x560
+pixels for a ViT/14."""
+
 NOT_FUSED = "none"
 """`VFMSpec.fuse` of the layout `views`, which reduces nothing."""
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ditr_cache.errors import DataError, DeviceError, UnknownNameError, UsageError
-from ditr_cache.schema import VFMSpec
+from ditr_cache.schema import DEFAULT_GRID, VFMSpec
 from ditr_cache.torchvision_compat import declare_missing_operators
 from ditr_cache.weights import load_weights, weights_digest
 
@@ -37,9 +37,6 @@ SHORT_NAMES: dict[str, str] = {
 CONVOLUTIONAL_STRIDE = 16
 """Convolutional backbones are tapped at the deepest feature map of at most this stride: deeper maps are too coarse
 for points, and stride 16 gives as many tokens as a ViT/16."""
-
-DEFAULT_GRID = (30, 40)
-"""Tokens (rows, columns) where no --image-size is given: DITR's 420x560 pixels for a ViT/14."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from ditr_cache.errors import CacheError, DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.sample import Sample
-from ditr_cache.schema import LinkSettings
+from ditr_cache.schema import DEFAULT_GRID, LinkSettings
 
 SCANS_PER_PARTITION = 64
 """Most lidar scans in one partition: few enough to redo, enough that a cache has few files."""
@@ -105,7 +105,7 @@ class Defaults:
         layout: of feature stores.
     """
 
-    grid: tuple[int, int] = (30, 40)
+    grid: tuple[int, int] = DEFAULT_GRID
     links: LinkSettings = field(default_factory=LinkSettings)
     layout: str = "fused"
 

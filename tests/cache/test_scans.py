@@ -14,7 +14,7 @@ import world as bed
 from dataset_runs import Extracted, run_dataset
 from ditr_cache import lift, sample_features
 from ditr_cache.datasets import DATASETS, ClassInfo, Dataset, Need, Option
-from ditr_cache.errors import DataError, MismatchError
+from ditr_cache.errors import DataError, MismatchError, UnknownNameError
 from ditr_cache.extract import ExtractRequest, extract
 from ditr_cache.partition import ExtractSettings
 from ditr_cache.plan import estimate
@@ -205,6 +205,20 @@ def test_a_download_that_went_on_is_made_again_where_it_changed(drive, tmp_path,
     grown = run(tmp_path, position_checkpoint, "cache")
     assert grown.totals.partitions == {"done": 2, "reused": 0, "failed": 0}
     same_samples(grown, run(tmp_path, position_checkpoint, "clean"))
+
+
+def test_a_download_that_shrank_to_one_scan_of_a_partition(drive, tmp_path, position_checkpoint, monkeypatch):
+    run(tmp_path, position_checkpoint, "cache")
+    monkeypatch.setattr(drive, "scans", (0, 1, 2, 3, 6))
+    shrunk = run(tmp_path, position_checkpoint, "cache")
+    assert shrunk.totals.partitions == {"done": 1, "reused": 1, "failed": 0}
+    assert [s.id for s in shrunk.cache.geometry["00-000004"].samples] == ["00/000006"]
+
+
+def test_an_occlusion_test_that_is_none_is_refused(drive, tmp_path, position_checkpoint):
+    with pytest.raises(UnknownNameError, match="occlusion test 'off'"):
+        run_dataset("drive", tmp_path, tmp_path / "c", position_checkpoint, grid=GRID, links={"occlusion": "off"})
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_estimate_counts_scans(drive, tmp_path, position_checkpoint):
