@@ -8,6 +8,7 @@ Mix3D joins neighbours of a micro-batch: they are the same ones as long as micro
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -351,7 +352,7 @@ class BatchLoader(Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            for batch in self._loader:
+            for batch in self._started():
                 if isinstance(batch, CacheError):
                     raise batch
                 yield batch
@@ -362,6 +363,21 @@ class BatchLoader(Generic[Batch]):
                 f"a data-loading process ended unexpectedly ({str(error).splitlines()[0]}); it was probably out of "
                 "memory or shared memory: lower data.workers or data.batch_size, or enlarge /dev/shm"
             ) from error
+
+    def _started(self) -> Iterator[Any]:
+        """The loader's iterator, its workers started.
+
+        torch then answers the death of a worker with an exception wherever the main thread happens to be: in the middle
+        of a training step, or of a clean-up that swallows it. Without its handler it is found where a batch is waited
+        for, within some seconds, and nowhere else.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return iter(self._loader)  # torch sets no handler there
+        before = signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(self._loader)
+        finally:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def eval_loader(
