@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ditr_cache.blocks import PointBlocks
 from ditr_cache.datasets.base import Dataset, OptionValue, open_dataset
 from ditr_cache.errors import CacheError, DataError, MissingDataError
 from ditr_cache.geometry import morton_order, point_spacing
@@ -302,11 +303,12 @@ class _Content:
         if not self._every_view:
             views = evenly_spread(views, LOADED_VIEWS)
         spacing = point_spacing(coord)
+        blocks = PointBlocks.of(coord)
         seen = np.zeros(len(coord), dtype=bool)
         usable = 0
         for view in views:
             try:
-                links = link_view(coord, view, self._settings, spacing=spacing, order=order)
+                links = link_view(blocks, view, self._settings, spacing=spacing, order=order)
                 image = view.load_image()
                 got, expected = image.shape[1::-1], (view.camera.width, view.camera.height)
                 if got != expected:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ditr_cache.blocks import BLOCK, PointBlocks
 from ditr_cache.errors import DataError
 from ditr_cache.geometry import (
     depth_of,
+    distance_of,
     inside,
     project,
     to_camera,
@@ -19,10 +21,16 @@ from ditr_cache.geometry import (
     visible_by_depth,
     visible_by_zbuffer,
 )
-from ditr_cache.sample import Sample, View
+from ditr_cache.sample import Camera, Sample, View
 from ditr_cache.schema import LinkSettings
 
 T = TypeVar("T")
+
+FARTHEST = float(np.finfo(np.float16).max)
+"""Metres; depths of links are stored as float16."""
+
+BLOCKS_AT_ONCE = 8192 // BLOCK
+"""So many that every array of a step stays in the processor's cache, and few enough to make calls cheap."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +80,7 @@ def check_pose(view: View) -> None:
 
 
 def link_view(
-    coord: NDArray[np.float32],
+    coord: NDArray[np.float32] | PointBlocks,
     view: View,
     settings: LinkSettings,
     *,
@@ -86,7 +94,7 @@ def link_view(
     that comes with the dataset's own projection is linked by that, within the depth range, without an occlusion test.
 
     Args:
-        coord: [N, 3] float32 world coordinates in metres.
+        coord: [N, 3] float32 world coordinates in metres, or the blocks of them, which serve all views of a sample.
         view: its pose must be finite.
         settings: depth range, occlusion test and tolerance.
         spacing: typical distance of neighbouring points, for the z-buffer.
@@ -96,34 +104,80 @@ def link_view(
         DataError: the pose is not rigid, or the depth map or projection cannot be read.
     """
     check_pose(view)
+    blocks = coord if isinstance(coord, PointBlocks) else PointBlocks.of(coord)
+    if view.load_projection is not None:
+        return _link(_released(view, blocks, settings, order), view.camera)
+    by_depth = settings.occlusion != "none" and view.load_depth is not None and view.depth_camera is not None
+    depth = _depth_map(view) if by_depth else None
+    candidates = blocks.maybe_seen(
+        view.camera, view.camera_from_world, depth_min=settings.depth_min, depth_max=settings.depth_max
+    )
+    found = [
+        _in_sight(*blocks.some(candidates[i : i + BLOCKS_AT_ONCE]), view, settings, depth)
+        for i in range(0, len(candidates), BLOCKS_AT_ONCE)
+    ]
+    if settings.occlusion == "none" or by_depth:
+        return concatenate([_link(seen, view.camera) for seen in found])
+    u, v, near = (np.concatenate([[], *(seen[column] for seen in found)]) for column in (1, 2, 4))
+    visible = visible_by_zbuffer(u, v, near, view.camera, spacing=spacing, tolerance=settings.occlusion_tolerance)
+    ends = np.cumsum([len(seen.point) for seen in found])
+    return concatenate(
+        [
+            _link(_Seen(*_where(visible[end - len(seen.point) : end], *seen)), view.camera)
+            for seen, end in zip(found, ends, strict=True)
+        ]
+    )
+
+
+class _Seen(NamedTuple):
+    """Points of one view: [n] index, image coordinates, depth, and what the z-buffer compares, in metres."""
+
+    point: NDArray[np.integer]
+    u: NDArray[np.float64]
+    v: NDArray[np.float64]
+    z: NDArray[np.float64]
+    near: NDArray[np.float64]
+
+
+def _in_sight(
+    point: NDArray[np.integer],
+    coord: NDArray[np.float32],
+    view: View,
+    settings: LinkSettings,
+    depth: NDArray[np.float32] | None,
+) -> _Seen:
+    """Which of the points [n] at `coord` [n, 3] lie in the depth range and the image, and agree with the depth map."""
     in_camera = to_camera(coord, view.camera_from_world)
     z = depth_of(in_camera, view.camera)
-    in_range = (z > 0) & (z >= settings.depth_min)
-    if settings.depth_max is not None:
-        in_range &= z <= settings.depth_max
-    if view.load_projection is not None:
-        point, u, v = _released(view, len(coord), order)
-        keep = in_range[point] & inside(u, v, view.camera)
-    else:
-        point = np.flatnonzero(in_range)
-        u, v = project(in_camera[point], view.camera)
-        keep = inside(u, v, view.camera)
-    point, u, v = point[keep], u[keep], v[keep]
-    z = z[point]
-    if settings.occlusion == "none" or view.load_projection is not None:
-        visible = np.ones(len(point), dtype=bool)
-    elif view.load_depth is not None and view.depth_camera is not None:
-        visible = _agrees(view, in_camera[point], settings.occlusion_tolerance)
-    else:
-        # Far off the axis of a fisheye z says little of how near, and how large in the image, a point is.
-        near = np.linalg.norm(in_camera[point], axis=1) if view.camera.model == "fisheye" else z
-        visible = visible_by_zbuffer(u, v, near, view.camera, spacing=spacing, tolerance=settings.occlusion_tolerance)
-    uv = np.stack([to_fraction(u[visible], view.camera.width), to_fraction(v[visible], view.camera.height)], axis=1)
-    return Links(point=point[visible].astype(np.uint32), uv=uv, depth=z[visible].astype(np.float16))
+    point, z, in_camera = _where(_in_range(z, settings), point, z, in_camera)
+    u, v = project(in_camera, view.camera)
+    point, u, v, z, in_camera = _where(inside(u, v, view.camera), point, u, v, z, in_camera)
+    if depth is not None:
+        visible = _agrees(view, in_camera, (u, v, z), depth, settings.occlusion_tolerance)
+        return _Seen(*_where(visible, point, u, v, z, z))
+    # Far off the axis of a fisheye z says little of how near, and how large in the image, a point is.
+    return _Seen(point, u, v, z, distance_of(in_camera) if view.camera.model == "fisheye" else z)
 
 
-def _agrees(view: View, in_camera: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
-    """Whether points [N, 3] of the camera's frame agree with the view's depth map, [N] bool."""
+def _in_range(z: NDArray[np.float64], settings: LinkSettings) -> NDArray[np.bool_]:
+    farthest = FARTHEST if settings.depth_max is None else min(FARTHEST, settings.depth_max)
+    return (z > 0) & (z >= settings.depth_min) & (z <= farthest)
+
+
+def _where(keep: NDArray[np.bool_], *arrays: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """The kept entries of arrays [n] and [n, 3]."""
+    if keep.all():
+        return arrays
+    index = np.flatnonzero(keep)
+    return tuple(array.T.take(index, axis=-1).T for array in arrays)  # coordinates are stored by columns
+
+
+def _link(seen: _Seen, camera: Camera) -> Links:
+    uv = np.stack([to_fraction(seen.u, camera.width), to_fraction(seen.v, camera.height)], axis=1)
+    return Links(point=seen.point.astype(np.uint32), uv=uv, depth=seen.z.astype(np.float16))
+
+
+def _depth_map(view: View) -> NDArray[np.float32]:
     camera, load = view.depth_camera, view.load_depth
     assert camera is not None and load is not None
     depth = load()
@@ -132,31 +186,49 @@ def _agrees(view: View, in_camera: NDArray[np.float64], tolerance: float) -> NDA
             f"depth of view {view.id!r}: expected {camera.height}x{camera.width} pixels, "
             f"got {depth.shape[0]}x{depth.shape[1]}"
         )
+    return np.ascontiguousarray(depth)
+
+
+def _agrees(
+    view: View,
+    in_camera: NDArray[np.float64],
+    seen: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]],
+    depth: NDArray[np.float32],
+    tolerance: float,
+) -> NDArray[np.bool_]:
+    """Whether points [N, 3] of the camera's frame, seen at (u, v, z), agree with the view's depth map, [N] bool."""
+    camera = view.depth_camera
+    assert camera is not None
+    if camera == view.camera:
+        return visible_by_depth(*seen, depth, tolerance)
     u, v = project(in_camera, camera)
     visible = inside(u, v, camera)
-    z = depth_of(in_camera, camera)
-    visible[visible] = visible_by_depth(u[visible], v[visible], z[visible], depth, tolerance)
+    u, v, z = _where(visible, u, v, depth_of(in_camera, camera))
+    agree = visible_by_depth(u, v, z, depth, tolerance)
+    if len(agree) == len(visible):
+        return agree
+    visible[visible] = agree
     return visible
 
 
-def _released(
-    view: View, points: int, order: NDArray[np.integer] | None
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """The dataset's own projection, by ascending point of the stored order."""
+def _released(view: View, blocks: PointBlocks, settings: LinkSettings, order: NDArray[np.integer] | None) -> _Seen:
+    """The dataset's own projection within the depth range and the image, by ascending point of the stored order."""
     assert view.load_projection is not None
     found = view.load_projection()
-    if len(found.point) and not 0 <= found.point.min() <= found.point.max() < points:
+    if len(found.point) and not 0 <= found.point.min() <= found.point.max() < blocks.count:
         raise DataError(
             f"view {view.id!r}: its projection names points {found.point.min()} to {found.point.max()}, expected 0 to "
-            f"{points - 1}"
+            f"{blocks.count - 1}"
         )
     point = found.point.astype(np.int64)
     if order is not None:
-        position = np.empty(points, dtype=np.int64)
-        position[order] = np.arange(points)
+        position = np.empty(blocks.count, dtype=np.int64)
+        position[order] = np.arange(blocks.count)
         point = position[point]
     ascending = np.argsort(point, kind="stable")
-    return point[ascending], found.u[ascending], found.v[ascending]
+    point, u, v = point[ascending], found.u[ascending], found.v[ascending]
+    z = depth_of(to_camera(blocks.coord(), view.camera_from_world), view.camera)[point]
+    return _Seen(*_where(_in_range(z, settings) & inside(u, v, view.camera), point, u, v, z, z))
 
 
 def concatenate(links: Sequence[Links]) -> Links:

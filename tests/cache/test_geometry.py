@@ -204,6 +204,21 @@ def test_zbuffer_brute_force_on_random_points():
     assert 20 < got.sum() < 130
 
 
+def test_zbuffer_of_an_image_of_many_cells():
+    """Dense points over all rows and the outer columns of an image, against a comparison of all pairs."""
+    rng = np.random.default_rng(4)
+    camera = Camera(width=400, height=300, fx=300, fy=300, cx=200, cy=150)
+    column = np.repeat([0.0, 200.0, 398.0], 500)
+    u, v = column + rng.uniform(0, 2, 1500), np.tile(np.linspace(0, 299.999, 500), 3)
+    z = rng.uniform(1, 4, 1500)
+    got = visible_by_zbuffer(u, v, z, camera, spacing=0.001, tolerance=0.3)  # cells of one pixel
+    near_u = np.abs(np.floor(u)[:, None] - np.floor(u)) <= 1
+    near_v = np.abs(np.floor(v)[:, None] - np.floor(v)) <= 1
+    hidden = (near_u & near_v & (z[:, None] > z + 0.3)).any(axis=1)
+    assert np.array_equal(got, ~hidden)
+    assert 100 < hidden.sum() < 1400
+
+
 @given(st.integers(1, 700), st.floats(1e-3, 2), st.floats(0.3, 9))
 def test_zbuffer_takes_points_on_the_very_edge(width, spacing, z):
     """The last float below the width, divided by the cell, may round up to a column that is not there."""
