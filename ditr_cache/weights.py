@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pickle
 import socket
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
             state: Any = load_file(path)
         else:
+            _refuse_compressed(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         raise WeightsError(
@@ -75,6 +77,14 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"checkpoint {str(path)!r} holds no state dict of tensors")
     return state
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise `ValueError` for an archive of compressed entries: torch writes none, but reads them, at any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its entries are compressed, which torch never does")
 
 
 def _load_strictly(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

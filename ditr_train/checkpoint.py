@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditr_cache.errors import DataError, FormatVersionError, MissingDataError, StorageError
-from ditr_train.files import temporary_name
+from ditr_train.files import refuse_compressed, temporary_name
 
 CHECKPOINT_VERSION = 1
 """Version of the checkpoints that this code writes, and the newest that it reads."""
@@ -60,6 +60,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FormatVersionError: written by a newer version.
     """
     try:
+        refuse_compressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise MissingDataError(f"checkpoint {str(path)!r} does not exist") from error
@@ -70,7 +71,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or "format_version" not in state or "model" not in state:
         raise DataError(f"checkpoint {str(path)!r} is not a checkpoint of ditr-train: it has no format_version")
-    if state["format_version"] > CHECKPOINT_VERSION:
+    if type(state["format_version"]) is not int or state["format_version"] > CHECKPOINT_VERSION:
         raise FormatVersionError(
             f"checkpoint {str(path)!r}: format version {state['format_version']}, but this ditr reads up to "
             f"{CHECKPOINT_VERSION}; upgrade ditr to read it"

@@ -1,8 +1,9 @@
-"""Files that are never seen half-written."""
+"""Files that are never seen half-written, and files that are not what they seem."""
 
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 
@@ -19,3 +20,11 @@ def replace_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise `ValueError` for an archive of compressed entries: torch writes none, but reads them, at any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its entries are compressed, which torch never does")

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ditr_cache.errors import DataError, MissingDataError, UnknownNameError, UsageError
 from ditr_train.models.config import backbone_name
 from ditr_train.recipe import Recipe, parse_recipe
 from ditr_train.recipe_sections import PublishedConfig
+from ditr_train.recipe_yaml import YamlError, parse_yaml, read_yaml
+
+MAX_FILES = 50
+"""Most files that a recipe may extend; those that come with the package extend up to six."""
 
 
 def recipe_folders() -> list[Path]:
@@ -74,7 +76,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), folders: Sequence[Path
         UsageError: a value that cannot be used; names its key.
         MissingDataError, DataError: a file that is not there or not YAML.
     """
-    values = _resolve(name, recipe_folders() if folders is None else folders, ())
+    values = _resolve(name, recipe_folders() if folders is None else folders, (), {})
     # The backbone first: naming another one drops the settings of the one before, not those given beside it.
     for override in sorted(overrides, key=lambda o: o.partition("=")[0].strip() != "model.backbone.name"):
         _override(values, override)
@@ -88,10 +90,10 @@ def read_recipe(path: Path) -> Recipe:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path)
     except OSError as error:
         raise MissingDataError(f"recipe {str(path)!r} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YamlError, UnicodeDecodeError) as error:
         raise DataError(f"recipe {str(path)!r} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"recipe {str(path)!r}: expected a mapping of keys to values, got {type(values).__name__}")
@@ -107,10 +109,18 @@ def _find(name: str, folders: Sequence[Path]) -> Path:
     raise UnknownNameError.of("recipe", name, list_recipes(folders), "A path that ends in .yaml names a file.")
 
 
-def _resolve(name: str, folders: Sequence[Path], seen: tuple[Path, ...]) -> dict[str, Any]:
+def _resolve(
+    name: str, folders: Sequence[Path], seen: tuple[Path, ...], done: dict[Path, dict[str, Any]]
+) -> dict[str, Any]:
+    """The values of a recipe over those that it extends; `done` are the files that were resolved before."""
     path = _find(name, folders)
-    if path.resolve() in seen:
+    own = path.resolve()
+    if own in done:  # each file once, however many paths lead to it
+        return done[own]
+    if own in seen:
         raise UsageError(f"recipe {str(path)!r}: extends itself through {', '.join(p.stem for p in seen)}")
+    if len(done) + len(seen) >= MAX_FILES:
+        raise UsageError(f"recipe {str(path)!r}: extended by a recipe of more than {MAX_FILES} files")
     values = _read_yaml(path)
     parents = values.pop("extends", [])
     if isinstance(parents, str):
@@ -121,9 +131,10 @@ def _resolve(name: str, folders: Sequence[Path], seen: tuple[Path, ...]) -> dict
     for parent in parents:
         if parent.endswith((".yaml", ".yml")):  # a file is named from the one that extends it
             parent = str(path.parent / parent)
-        merged = _extend(merged, _resolve(parent, folders, (*seen, path.resolve())))
+        merged = _extend(merged, _resolve(parent, folders, (*seen, own), done))
     merged.pop("published", None)
-    return _extend(merged, values)
+    done[own] = _extend(merged, values)
+    return done[own]
 
 
 def _extend(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,8 +162,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(path):
         raise UsageError(f"--set: expected key=value (say data.batch_size=4), got {override!r}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except YamlError as error:
         raise UsageError(f"--set {key}: the value {text!r} is not YAML") from error
     if path == ["model", "backbone", "name"]:
         values.update(_extend(values, {"model": {"backbone": {"name": value}}}))

@@ -64,7 +64,7 @@ class DataConfig(Section):
     fraction_seed: int = Field(default=0, ge=0)
     view: Literal["random", "last", "nearest"] | None = None
     mix_prob: float = Field(default=0.0, ge=0, le=1)
-    workers: int = Field(default=1, ge=0)
+    workers: int = Field(default=1, ge=0, le=256)  # each is a process: a recipe may come from a stranger
 
     def transforms(self) -> tuple[Transform, ...]:
         """The augmentation, built."""

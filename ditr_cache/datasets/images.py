@@ -26,6 +26,10 @@ MILLIMETRES = 1000.0
 MAX_PIXELS = 2**26
 """Largest image that is decoded, 64 Mpx: more is a broken header or an attack, never a frame of a video."""
 
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP")
+"""Formats of images that are decoded, in Pillow's names, whatever a file's name ends in. Pillow knows forty more: of
+some the decoder was last looked at years ago, and EPS is handed to an interpreter of a programming language."""
+
 _NO_DEPTH = 65535  # 7-Scenes and several Kinect drivers mark unknown depth so; 0 everywhere else
 
 
@@ -58,7 +62,7 @@ def read_color(source: Path | bytes, *, size: tuple[int, int], where: str) -> ND
         _check_size(image.size, size, where)
         if image.mode.startswith("I") or image.mode == "F":
             raise DataError(f"{where}: expected an 8-bit colour image, got Pillow mode {image.mode!r}")
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # converting would copy
 
 
 def read_depth(
@@ -136,7 +140,8 @@ def _opened(source: Path | bytes, where: str, *, intact: bool = False) -> Iterat
         with stream:
             if intact:
                 _check_sums(stream)
-            with Image.open(stream) as image:
+            with Image.open(stream, formats=FORMATS) as image:
+                _check_pixels(image.size, where)
                 yield image
     except DataError:
         raise
@@ -149,7 +154,7 @@ def _opened(source: Path | bytes, where: str, *, intact: bool = False) -> Iterat
 
 def _check_sums(stream: IO[bytes]) -> None:
     """Raise `SyntaxError` where the checksum of a chunk of a PNG is wrong; leaves the stream at its start."""
-    with Image.open(stream) as image:
+    with Image.open(stream, formats=FORMATS) as image:
         if image.format == "PNG":
             image.verify()
     stream.seek(0)
@@ -161,5 +166,8 @@ def _check_size(actual: tuple[int, int], expected: tuple[int, int], where: str) 
             f"{where}: expected {expected[0]}x{expected[1]} pixels as the sample's other images, got "
             f"{actual[0]}x{actual[1]}"
         )
-    if actual[0] * actual[1] > MAX_PIXELS:
-        raise DataError(f"{where}: {actual[0]}x{actual[1]} pixels, expected at most {MAX_PIXELS}")
+
+
+def _check_pixels(size: tuple[int, int], where: str) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise DataError(f"{where}: {size[0]}x{size[1]} pixels, expected at most {MAX_PIXELS}")

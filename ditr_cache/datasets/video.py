@@ -23,6 +23,10 @@ from ditr_cache.datasets.images import MAX_PIXELS
 from ditr_cache.errors import DataError, MissingDataError, errors_at
 from ditr_cache.pointcloud.optional import require
 
+CONTAINERS = {"format_whitelist": "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2", "protocol_whitelist": "file"}
+"""What FFmpeg may open. It goes by content and knows hundreds of formats; some are lists of other files or addresses,
+which it would read in place of the video."""
+
 _OPEN_VIDEOS = 2  # that of the scene at work, and that of the next one
 _WORTH_A_SEEK = 32  # frames that are skipped: fewer are decoded in about the time that it takes to start anew
 _opening = threading.Lock()
@@ -91,7 +95,7 @@ class _Video:
         self._counting = threading.Lock()
         self._decoding = threading.Lock()
         with self._readable("is not a video that can be read"):
-            self._container = av.open(str(path))
+            self._container = av.open(str(path), options=CONTAINERS)
             if not self._container.streams.video:
                 raise DataError(f"{path}: no picture in this video")
             self._stream = self._container.streams.video[0]

@@ -22,6 +22,9 @@ _PACKED = ("rgb", "rgba")
 _RGB = ("red", "green", "blue")
 _MAX_HEADER_LINE = 65536
 
+_MOST_PER_BYTE = 100
+"""LZF's longest repetition gives 264 bytes for 3: a block that should become larger than this is none of its own."""
+
 
 class PcdCloud(PointCloud):
     """The points of a PCD file. The acquisition pose (VIEWPOINT) is not applied, as viewers do.
@@ -96,6 +99,11 @@ class PcdCloud(PointCloud):
             raise DataError(
                 f"{self.path}: the compressed block holds {sizes[1]} bytes, expected {self.count} points of "
                 f"{self._row.itemsize} bytes"
+            )
+        if sizes[1] > _MOST_PER_BYTE * int(sizes[0]):
+            raise DataError(
+                f"{self.path}: a compressed block of {sizes[0]} bytes announces {sizes[1]}, which LZF cannot hold; it "
+                "is damaged, get the file again"
             )
 
     def _decompressed(self, file: BinaryIO) -> dict[str, NDArray[Any]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ditr_cache.errors import DataError, MissingDataError, UsageError
+from ditr_train.files import refuse_compressed
 
 MARK = "ditr_version"
 """Key of what `ditr-train convert` writes beside the weights."""
@@ -74,6 +75,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Any:
     try:
         # Pointcept keeps its best score as a number of numpy's, beside the weights.
+        refuse_compressed(path)
         with torch.serialization.safe_globals(_numpy_scalars()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged bytes, and one for a whole file that it refuses

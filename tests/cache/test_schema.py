@@ -22,22 +22,40 @@ from ditr_cache.schema import (
 )
 
 TEXT = st.text(max_size=12)
-COUNT = st.integers(0, 2**40)
-NUMBER = st.floats(allow_nan=False, allow_infinity=False)
+COUNT = st.integers(0, 2**32 - 1)
+FEW = st.integers(0, 1000)
+NUMBER = st.floats(-1e300, 1e300)
 SHA = st.text("0123456789abcdef", min_size=64, max_size=64)
-ARRAYS = st.dictionaries(
-    TEXT,
-    st.builds(
-        ArrayInfo, shape=st.lists(COUNT, max_size=3).map(tuple), dtype=st.sampled_from(["<f4", "|u1"]), sha256=SHA
-    ),
-    max_size=3,
-)
-FILES = st.dictionaries(TEXT, COUNT, max_size=3)
+FILES = st.dictionaries(st.from_regex(r"[a-z]{1,8}(/[0-9a-z]{1,4}){0,3}", fullmatch=True), COUNT, max_size=3)
 BROKEN = st.lists(st.builds(BrokenView, sample=TEXT, view=TEXT, error=TEXT), max_size=2).map(tuple)
-VIEWS = st.lists(st.builds(ViewInfo, id=TEXT, links=COUNT), max_size=2).map(tuple)
+VIEWS = st.lists(st.builds(ViewInfo, id=TEXT, links=FEW), max_size=2).map(tuple)
 SAMPLES = st.lists(
-    st.builds(SampleInfo, id=TEXT, split=TEXT, points=COUNT, linked_points=COUNT, views=VIEWS), max_size=2
+    st.builds(SampleInfo, id=TEXT, split=TEXT, points=FEW, linked_points=FEW, views=VIEWS),
+    max_size=2,
+    unique_by=lambda s: s.id,
 ).map(tuple)
+
+
+def array(length: int, *sides: int, dtype: str = "<f4") -> ArrayInfo:
+    return ArrayInfo(shape=(length, *sides), dtype=dtype, sha256="0" * 64)
+
+
+def geometry(samples: tuple[SampleInfo, ...], color: bool = False, **fields) -> GeometryRecord:
+    """A record whose arrays are as long as its samples say."""
+    points, links = sum(s.points for s in samples), sum(v.links for s in samples for v in s.views)
+    arrays = {"coord": array(points, 3), "source_index": array(points, dtype="<u4")}
+    arrays["offset"] = array(len(samples), dtype="<i8")
+    arrays |= {"color": array(points, 3, dtype="|u1")} if color else {}
+    arrays |= {"link_point": array(links, dtype="<u4"), "link_uv": array(links, 2, dtype="<u2")}
+    arrays["link_depth"] = array(links)
+    return GeometryRecord(samples=samples, arrays=arrays, **fields)
+
+
+def features(rows: int, scale: bool = False, **fields) -> FeatureRecord:
+    arrays = {"table": array(rows, 5), "index": array(7, dtype="<i4")} | ({"scale": array(rows)} if scale else {})
+    return FeatureRecord(rows=rows, arrays=arrays, **fields)
+
+
 LINKS = st.builds(
     LinkSettings,
     every_nth_frame=st.none() | COUNT,
@@ -47,7 +65,8 @@ LINKS = st.builds(
     depth_max=st.none() | NUMBER,
 )
 COLOR = st.tuples(*[st.integers(0, 255)] * 3)
-SIZE = st.tuples(COUNT, COUNT)
+SIDE = st.integers(1, 2**24)
+SIZE = st.tuples(SIDE, SIDE)
 DOCUMENTS = st.one_of(
     st.builds(
         CacheMetadata,
@@ -55,17 +74,19 @@ DOCUMENTS = st.one_of(
         class_names=st.lists(TEXT, max_size=3).map(tuple),
         class_colors=st.lists(COLOR, max_size=3).map(tuple),
         links=LINKS,
+        dataset_options=st.dictionaries(TEXT, TEXT | st.integers(-(2**63) + 1, 2**63 - 1) | NUMBER, max_size=2),
     ),
     st.builds(
         VFMSpec, name=TEXT, architecture=TEXT, weights_sha256=SHA, tap=TEXT, norm=st.booleans(),
         mean=st.tuples(NUMBER, NUMBER, NUMBER), std=st.tuples(NUMBER, NUMBER, NUMBER), interpolation=TEXT,
-        image_size=SIZE, grid=SIZE, dim=COUNT,
+        image_size=SIZE, grid=SIZE, dim=SIDE,
     ),
     st.builds(
-        GeometryRecord, partition=TEXT, samples=SAMPLES, arrays=ARRAYS, files=FILES, broken_views=BROKEN, seconds=NUMBER
+        geometry, samples=SAMPLES, color=st.booleans(), partition=TEXT, files=FILES, broken_views=BROKEN,
+        seconds=NUMBER,
     ),
     st.builds(
-        FeatureRecord, partition=TEXT, vfm_digest=SHA, geometry_digest=SHA, arrays=ARRAYS, files=FILES, rows=COUNT,
+        features, partition=TEXT, vfm_digest=SHA, geometry_digest=SHA, scale=st.booleans(), files=FILES, rows=FEW,
         valid_points=st.lists(COUNT, max_size=3).map(tuple), images=COUNT, broken_views=BROKEN, seconds=NUMBER,
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditr_cache.datasets.numpy_files import map_array
 from ditr_cache.datasets.posed.classes import ClassTable, whole_labels
 from ditr_cache.datasets.posed.frames import offset_of
 from ditr_cache.errors import DataError, MissingDataError, errors_at, shortened
@@ -159,7 +160,7 @@ def read_labels(path: Path, cloud: PointCloud) -> NDArray[Any]:
     """
     try:
         if path.suffix == ".npy":
-            labels: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+            labels: NDArray[Any] = map_array(path, _ONE_EACH)
         elif path.stat().st_size > _BYTES_PER_LABEL * (cloud.count + 1):
             raise DataError(f"{path}: {path.stat().st_size} bytes for {cloud.count} points; {_ONE_EACH}")
         else:
@@ -167,7 +168,7 @@ def read_labels(path: Path, cloud: PointCloud) -> NDArray[Any]:
             labels = np.array(words, dtype="S").astype(np.float64) if words else np.zeros(0)
     except DataError:
         raise
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as numbers ({error}); {_ONE_EACH}") from error
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

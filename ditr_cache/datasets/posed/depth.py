@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditr_cache.datasets.images import MAX_PIXELS, depth_in_metres, image_size, read_depth
+from ditr_cache.datasets.numpy_files import map_array
 from ditr_cache.errors import DataError
 
 _COLMAP_HEADER = re.compile(rb"(\d{1,9})&(\d{1,9})&(\d{1,9})&")
@@ -60,10 +61,7 @@ def read_depth_map(path: Path, *, size: tuple[int, int], unit: float) -> NDArray
 
 def _numpy_map(path: Path) -> NDArray[Any]:
     """[height, width] numbers of a `.npy` file, mapped into memory: its header is checked against its size."""
-    try:
-        values: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError) as error:
-        raise DataError(f"{path}: not a readable array of NumPy ({error}); it is truncated or damaged") from error
+    values = map_array(path, "it is truncated or damaged")
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
     if values.ndim != 2 or values.dtype.kind not in "fiu" or not 0 < values.size <= MAX_PIXELS:
