@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ditr_cache.codecs import Codec, EncodedRows
 from ditr_cache.errors import MismatchError, UnknownNameError
 from ditr_cache.schema import VFMSpec
 
@@ -31,19 +33,40 @@ def check_view(spec: VFMSpec, view: str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredFeatures:
-    """Feature rows of one sample as stored.
+    """Feature rows of one sample as stored. They are read from the cache when they are taken, not before.
 
     Args:
-        table: [T, C] int8 or float16.
-        scale: [T] float32 factors of int8 rows; None for float16.
         index: [N] int32, the row of each point, -1 where it has no feature.
+        rows: number of rows T.
+        take: reads the rows at ascending positions; only the chunks that hold some of them are read.
         spec: the VFM.
+        codec: decodes rows.
     """
 
-    table: NDArray[np.generic]
-    scale: NDArray[np.float32] | None
     index: NDArray[np.int32]
+    rows: int
+    take: Callable[[NDArray[np.integer]], EncodedRows]
     spec: VFMSpec
+    codec: Codec
+
+    @cached_property
+    def encoded(self) -> EncodedRows:
+        """All rows as stored."""
+        return self.take(np.arange(self.rows))
+
+    @property
+    def table(self) -> NDArray[np.generic]:
+        """[T, W] of the codec's type."""
+        return self.encoded.table
+
+    @property
+    def scale(self) -> NDArray[np.float32] | None:
+        """[T] float32 factor of each row; None where the codec has none."""
+        return self.encoded.scale
+
+    def decoded(self) -> NDArray[np.float32]:
+        """All rows [T, C] float32."""
+        return self.codec.decode(self.encoded.table, self.encoded.scale)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.codecs import decode
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinkedRows:
@@ -55,20 +53,16 @@ class LinkedRows:
             chosen[point[closer]] = row[closer]
         return chosen
 
-    def mean(
-        self, table: NDArray[np.generic], scale: NDArray[np.float32] | None
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Mean over all views of each point, decoded.
+    def mean(self, tokens: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Mean over all views of each point.
 
         Args:
-            table: [T, C] rows as stored.
-            scale: [T] of int8 rows.
+            tokens: [T, C] decoded rows.
 
         Returns:
             [N, C] float32, zero where no view sees the point, and [N] bool whether one does.
         """
-        tokens = decode(table, scale)
-        total = np.zeros((self.points, table.shape[1]), dtype=np.float32)
+        total = np.zeros((self.points, tokens.shape[1]), dtype=np.float32)
         count = np.zeros(self.points, dtype=np.float32)
         for view in range(len(self.ends)):
             point, row, _ = self._links(view)

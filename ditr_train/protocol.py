@@ -25,6 +25,7 @@ from ditr_cache.cached import StoredSample
 from ditr_cache.errors import UsageError
 from ditr_train.data.dataset import CachedDataset, VoxelSample, used_rows
 from ditr_train.data.loader import BatchLoader, collate
+from ditr_train.data.row_decoder import RowDecoder
 from ditr_train.data.sample import FeatureRows, PointBatch, PointSample
 from ditr_train.data.voxelize import Fragments, fragments, voxelize
 from ditr_train.distributed import autocast
@@ -117,11 +118,12 @@ class FullSamples:
 def _rows(stored: StoredSample, points: PointSample) -> FeatureRows | None:
     if stored.features is None or points.row is None:
         return None
-    used, row = used_rows(points.row, len(stored.features.table))
-    scale = stored.features.scale
+    used, row = used_rows(points.row, stored.features.rows)
+    rows = stored.features.take(used)
     return FeatureRows(
-        table=torch.from_numpy(stored.features.table[used]),
-        scale=None if scale is None else torch.from_numpy(scale[used]),
+        table=torch.from_numpy(rows.table),
+        scale=None if rows.scale is None else torch.from_numpy(rows.scale),
+        decoder=RowDecoder.of(stored.features.codec),
         index=torch.from_numpy(row),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from ditr_cache.cached import StoredSample, check_view
 from ditr_cache.errors import DataError, MismatchError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.schema import VFMSpec
 from ditr_cache.store import CacheReader
+from ditr_train.data.row_decoder import RowDecoder
 from ditr_train.data.sample import PointSample
 from ditr_train.data.spatial import SphereCrop, center
 from ditr_train.data.transforms import Transform, apply, needs_instances
@@ -35,9 +36,10 @@ class VoxelSample:
         grid_coord: [V, 3] int32, unique, >= 0.
         feat: [V, C_in] float32 network input.
         segment: [V] int64, -1 where ignored; None where the cache has no labels.
-        table: [T, C] int8 or float16, only rows that a voxel uses; None where no VFM is read.
-        scale: [T] float32 of int8 rows.
+        table: [T, W] as stored, only rows that a voxel uses; None where no VFM is read.
+        scale: [T] float32 factors of the rows; None for codecs without.
         row: [V] int64 row of `table` of each voxel, -1 where it has no feature.
+        decoder: of the rows.
         inverse: [M] int64, evaluation only: each point's voxel.
         full_segment: [M] int64, evaluation only: the labels of all points.
         source_index: [M] int64, evaluation only: each point's position in the dataset's own order.
@@ -53,6 +55,7 @@ class VoxelSample:
     table: NDArray[np.generic] | None = None
     scale: NDArray[np.float32] | None = None
     row: NDArray[np.int64] | None = None
+    decoder: RowDecoder = field(default_factory=RowDecoder)
     inverse: NDArray[np.int64] | None = None
     full_segment: NDArray[np.int64] | None = None
     source_index: NDArray[np.int64] | None = None
@@ -127,6 +130,7 @@ class CachedDataset:
         self.ids: list[str] = some_of(cache.split_ids(split), fraction, fraction_seed)
         """Ids of the samples, sorted."""
         self.vfm: VFMSpec | None = None if vfm is None else cache.resolve_vfm(vfm)
+        self._decoder = RowDecoder() if self.vfm is None else RowDecoder.of(cache.codec(self.vfm))
         self.class_names, self.class_groups = cache.metadata.class_names, cache.metadata.class_groups
         self._check_classes(class_names)
         self._check_arrays()
@@ -228,9 +232,9 @@ class CachedDataset:
                 f"sample {points.name!r}: {extent} voxels along an axis, and VFM features are pooled over at most "
                 f"{MAX_INJECTED_EXTENT}; raise data.grid_size, or crop with data.point_max"
             )
-        rows, row = used_rows(points.row, len(stored.features.table))
-        scale = stored.features.scale
-        return replace(sample, table=stored.features.table[rows], scale=None if scale is None else scale[rows], row=row)
+        used, row = used_rows(points.row, stored.features.rows)
+        rows = stored.features.take(used)  # only now: what a crop leaves out is not read
+        return replace(sample, table=rows.table, scale=rows.scale, row=row, decoder=self._decoder)
 
     def _check_classes(self, expected: Sequence[str] | None) -> None:
         have, root = list(self.class_names), str(self.cache.paths.root)

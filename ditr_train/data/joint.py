@@ -9,7 +9,8 @@ import numpy as np
 from ditr_cache.errors import MismatchError
 from ditr_train.data.dataset import CachedDataset, VoxelSample
 
-_SAME_TEACHER = ("dim", "weights_sha256", "tap", "norm", "codec")
+_WORDS = {"codec": "codec", "codec_digest": "training data that the codec was fitted to"}
+_SAME_TEACHER = ("dim", "weights_sha256", "tap", "norm", "codec", "codec_digest")
 
 
 class JointDataset:
@@ -35,7 +36,7 @@ class JointDataset:
                 if a != b:
                     raise MismatchError(
                         f"caches {str(first.cache.paths.root)!r} and {str(other.cache.paths.root)!r}: one head cannot "
-                        f"learn from both, the {'codec' if name == 'codec' else f'{name} of the VFM'} differs: {a!r} "
+                        f"learn from both, the {_WORDS.get(name, f'{name} of the VFM')} differs: {a!r} "
                         f"({first.vfm.key}) and {b!r} ({other.vfm.key}); extract both with the same --vfm and --codec"
                     )
 

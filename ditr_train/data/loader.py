@@ -229,6 +229,7 @@ def mix(first: VoxelSample, second: VoxelSample) -> VoxelSample:
         table=joined("table"),
         scale=joined("scale"),
         row=row,
+        decoder=first.decoder,
         origin=None if first.origin is None or second.origin is None else first.origin + low,
     )
 
@@ -277,7 +278,8 @@ def collate(samples: Sequence[VoxelSample]) -> PointBatch:
         ]
         joined_index = joined(index)
         assert joined_index is not None
-        features = FeatureRows(table=table, scale=joined([s.scale for s in samples]), index=joined_index)
+        scale = joined([s.scale for s in samples])
+        features = FeatureRows(table=table, scale=scale, index=joined_index, decoder=samples[0].decoder)
     inverse = joined(
         [None if s.inverse is None else s.inverse + start for s, start in zip(samples, ends[:-1], strict=True)]
     )

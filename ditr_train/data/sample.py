@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ditr_train.data.row_decoder import RowDecoder
 
 
 @dataclass(kw_only=True)
@@ -66,19 +68,31 @@ class FeatureRows:
     """Rows of a VFM as the cache stores them, and which point uses which.
 
     Args:
-        table: [T, C] int8 or float16; dequantised on the device as `table * scale`.
-        scale: [T] float32, or None where rows are float16 as they are.
+        table: [T, W] as stored, say int8.
+        scale: [T] float32 factors of the rows; None for codecs without.
         index: [N] int64, row of each point of the batch, -1 where a point has no feature.
+        decoder: makes float32 of rows, on the device.
     """
 
     table: Tensor
     scale: Tensor | None
     index: Tensor
+    decoder: RowDecoder = field(default_factory=RowDecoder)
+
+    @property
+    def dim(self) -> int:
+        """Channels C of a decoded row."""
+        return self.decoder.dim(self.table)
+
+    def decode(self, rows: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """Rows [V, C] float32 of the table at `rows`, [V] int64; they may overwrite `buffer`, see `RowDecoder`."""
+        scale = None if self.scale is None else self.scale.index_select(0, rows)
+        return self.decoder.decode(self.table.index_select(0, rows), scale, buffer)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> FeatureRows:
         """With `move` applied to every tensor."""
         scale = None if self.scale is None else move(self.scale)
-        return FeatureRows(table=move(self.table), scale=scale, index=move(self.index))
+        return FeatureRows(table=move(self.table), scale=scale, index=move(self.index), decoder=self.decoder.map(move))
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from ditr_cache.errors import DataError, MismatchError
 from ditr_train.data.sample import FeatureRows, PointBatch
-from ditr_train.models.injection import dequantize
 from ditr_train.models.point_network import PointNetwork
 
 _PORTION_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -35,10 +34,10 @@ class Distiller(PointNetwork):
                 f"distillation needs VFM features, but the batch of {', '.join(batch.names)} has none; name a VFM of "
                 "the cache in the recipe"
             )
-        if batch.features.table.shape[1] != self.head.out_features:
+        if batch.features.dim != self.head.out_features:
             raise MismatchError(
                 f"the head predicts VFM features of {self.head.out_features} channels, the batch holds rows of "
-                f"{batch.features.table.shape[1]}; use the cache and the VFM that the network was trained with"
+                f"{batch.features.dim}; use the cache and the VFM that the network was trained with"
             )
         points = self.point_features(batch).float()
         seen = (batch.features.index >= 0).nonzero().squeeze(1)
@@ -86,7 +85,7 @@ def _directions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unit vectors of predictions and rows [P, C], and the length [P, 1] of the predictions."""
     predicted = torch.addmm(bias, points, weight.T)
-    target = dequantize(features, rows)
+    target = features.decode(rows)
     length = predicted.norm(dim=1, keepdim=True).clamp_min(_SHORTEST)
     return predicted / length, target / target.norm(dim=1, keepdim=True).clamp_min(_SHORTEST), length
 

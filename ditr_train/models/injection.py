@@ -169,10 +169,10 @@ class Injection(nn.Module):
         return weight[:, : self.feature_dim] if self.config.visibility_flag else weight
 
     def _check(self, features: FeatureRows, hierarchy: Hierarchy) -> None:
-        if features.table.shape[1] != self.feature_dim:
+        if features.dim != self.feature_dim:
             raise MismatchError(
                 f"the network injects VFM features of {self.feature_dim} channels, the batch holds rows of "
-                f"{features.table.shape[1]}; use the cache and the VFM that the network was trained with"
+                f"{features.dim}; use the cache and the VFM that the network was trained with"
             )
         if len(features.index) != hierarchy.num_points:
             raise DataError(
@@ -224,25 +224,6 @@ class InjectedTerms:
             return self._injection.term(place, projected, sites, num_sites)
 
 
-def dequantize(features: FeatureRows, rows: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """Rows of a stored table as they were before storing.
-
-    Args:
-        features: the table, int8 with a scale per row or float16.
-        rows: [V] int64 rows of the table.
-        buffer: [at least V, C] float32 that the result may overwrite; on a CPU, memory that was used before is several
-            times faster to write to than new one.
-
-    Returns:
-        [V, C] float32, on the table's device.
-    """
-    stored = features.table.index_select(0, rows)
-    values = torch.empty(stored.shape, device=stored.device) if buffer is None else buffer[: len(rows)]
-    if features.scale is None:
-        return values.copy_(stored)
-    return torch.mul(stored, features.scale.index_select(0, rows)[:, None], out=values)
-
-
 class _ProjectAndPool(torch.autograd.Function):
     """Projects rows of resolution 0 and pools them to resolution 1, in one pass and in portions.
 
@@ -263,17 +244,17 @@ class _ProjectAndPool(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.features, ctx.rows = features, rows
         projected = [weight.new_empty(len(rows), len(weight)) for weight in weights]
-        pooled = torch.empty(size, features.table.shape[1], device=rows.device)
-        firsts = torch.arange(0, len(rows), _portion(features.table), device=rows.device)
+        pooled = torch.empty(size, features.dim, device=rows.device)
+        firsts = torch.arange(0, len(rows), _portion(features), device=rows.device)
         segments: list[int] = []
         if parent is not None:  # no site of resolution 1 is cut in two
             at_first = parent[firsts].unique_consecutive()
             firsts = torch.searchsorted(parent, at_first)
             segments = [*at_first.tolist(), size]
         portions = list(pairwise([*firsts.tolist(), len(rows)]))
-        buffer = _buffer(features.table, max((last - first for first, last in portions), default=0))
+        buffer = _buffer(features, max((last - first for first, last in portions), default=0))
         for i, (first, last) in enumerate(portions):
-            values = dequantize(features, rows[first:last], buffer)
+            values = features.decode(rows[first:last], buffer)
             for weight, out in zip(weights, projected, strict=True):
                 torch.mm(values, weight.T, out=out[first:last])
             if parent is not None:
@@ -285,20 +266,20 @@ class _ProjectAndPool(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        channels, portion = ctx.features.table.shape[1], _portion(ctx.features.table)
+        channels, portion = ctx.features.dim, _portion(ctx.features)
         grad_weights = [grad.new_zeros(grad.shape[1], channels) for grad in grads]
-        buffer = _buffer(ctx.features.table, min(portion, len(ctx.rows)))
+        buffer = _buffer(ctx.features, min(portion, len(ctx.rows)))
         for i, rows in enumerate(ctx.rows.split(portion)):
-            values = dequantize(ctx.features, rows, buffer)
+            values = ctx.features.decode(rows, buffer)
             for grad, grad_weight in zip(grads, grad_weights, strict=True):
                 grad_weight.addmm_(grad[i * portion :][: len(rows)].T, values)
         return None, None, None, None, None, *grad_weights
 
 
-def _portion(table: Tensor) -> int:
+def _portion(features: FeatureRows) -> int:
     """Rows at a time: of cache size on a CPU, enough to hide kernel launches on a GPU."""
-    return max(1, _PORTION_ELEMENTS[table.device.type] // table.shape[1])
+    return max(1, _PORTION_ELEMENTS[features.table.device.type] // features.dim)
 
 
-def _buffer(table: Tensor, rows: int) -> Tensor:
-    return torch.empty(rows, table.shape[1], device=table.device)
+def _buffer(features: FeatureRows, rows: int) -> Tensor:
+    return torch.empty(rows, features.dim, device=features.table.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ditr_cache.codecs import decode, encode
+from ditr_cache.codecs import make_codec
 from ditr_cache.schema import BrokenView, CacheMetadata, LinkSettings, SampleInfo, VFMSpec, ViewInfo
 from ditr_cache.store import CacheWriter
 
@@ -68,10 +68,11 @@ def main() -> None:
             rows = rng.normal(size=(len(link_point), vfm.dim)).astype(np.float32)
             index = np.full(n, -1, np.int32)
             index[link_point] = np.arange(len(link_point))
-            encoded = encode(rows, vfm.codec)
+            codec = make_codec(vfm.codec, vfm.dim)
+            encoded = codec.encode(rows)
             writer.commit_features(vfm, record, encoded, index, images=1, seconds=0.25)
             features[vfm.name] = np.zeros((n, vfm.dim), np.float32)
-            features[vfm.name][link_point] = decode(encoded.table, encoded.scale)
+            features[vfm.name][link_point] = codec.decode(encoded.table, encoded.scale)
         for (name, *_), start, end in zip(samples, ends[:-1], ends[1:], strict=True):
             for key in ("coord", "color", "normal", "segment", "instance", "source_index"):
                 expected[f"{name}|{key}"] = arrays[key][start:end]

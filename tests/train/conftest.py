@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from ditr_cache.codecs import encode
 from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo, VFMSpec, ViewInfo
 from ditr_cache.store import CacheWriter
+from plain_rows import encode
 
 CLASSES = ("floor", "wall", "picture")
 
@@ -77,7 +77,7 @@ def write_cache(
             "link_uv": np.zeros((int(seen.sum()), 2), dtype=np.uint16),
             "link_depth": np.ones(int(seen.sum()), dtype=np.float16),
         }
-        views: list[ViewInfo] = []
+        views = [ViewInfo(id="view0", links=int(seen.sum()))]
         if layout == "views":
             draw = np.random.default_rng([seed, i, 1]).random((3, n))
             by_view = seen & ((draw < 0.5) | (draw == draw.min(axis=0)))

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ditr_cache.codecs import decode
 from ditr_cache.errors import DataError, MismatchError, MissingDataError, UnknownNameError, UsageError
 from ditr_cache.schema import VFMSpec
 from ditr_cache.store import open_cache
 from ditr_train.data.dataset import CachedDataset, used_rows
 from ditr_train.data.transforms import build_transform
 from ditr_train.protocol import FullSamples
+from plain_rows import decode
 
 GRID = 0.1
 Make = Callable[..., Path]

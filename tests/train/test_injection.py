@@ -14,7 +14,7 @@ from ditr_train.data.sample import FeatureRows
 from ditr_train.models import injection as injection_module
 from ditr_train.models.config import InjectionConfig
 from ditr_train.models.grid_hierarchy import GridHierarchy, morton_keys
-from ditr_train.models.injection import Injection, dequantize
+from ditr_train.models.injection import Injection
 
 DIM = 6
 SKIPS = (3, 4, 5, 2)
@@ -182,13 +182,13 @@ def test_features_keep_their_precision_under_autocast() -> None:
     assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
 
 
-def test_dequantize_gives_back_what_was_stored() -> None:
+def test_decoding_gives_back_what_was_stored() -> None:
     rows = make_rows(4)
     assert rows.scale is not None
     picked = torch.tensor([3, 0, 3])
-    torch.testing.assert_close(dequantize(rows, picked), rows.table[picked].float() * rows.scale[picked, None])
+    torch.testing.assert_close(rows.decode(picked), rows.table[picked].float() * rows.scale[picked, None])
     half = make_rows(4, "float16")
-    assert torch.equal(dequantize(half, picked), half.table[picked].float())
+    assert torch.equal(half.decode(picked), half.table[picked].float())
 
 
 axis = st.integers(0, 2**16 - 1)

@@ -18,7 +18,7 @@ from ditr_train.models import injection as injection_module
 from ditr_train.models.build import build_segmentor
 from ditr_train.models.config import InjectionConfig, ModelConfig
 from ditr_train.models.grid_hierarchy import GridHierarchy
-from ditr_train.models.injection import InjectedTerms, Injection, dequantize
+from ditr_train.models.injection import InjectedTerms, Injection
 from ditr_train.models.segmentor import Segmentor
 from ditr_train.models.sparse_unet_config import SparseUNetConfig
 from ditr_train.recipe_files import load_recipe, read_recipe
@@ -174,7 +174,8 @@ def test_gradients_are_those_of_finite_differences(options: dict, monkeypatch: p
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        monkeypatch.setattr(injection_module, "dequantize", lambda f, r, _: dequantize(f, r).double())
+        decode = FeatureRows.decode
+        monkeypatch.setattr(FeatureRows, "decode", lambda f, r, _: decode(f, r).double())
         monkeypatch.setitem(injection_module._PORTION_ELEMENTS, "cpu", 3 * DIM)
         sites = random_sites(2, count=8, edge=5)
         rows = random_rows(len(sites[0]))
@@ -324,12 +325,14 @@ def test_rows_become_float_in_portions_only(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(injection_module._PORTION_ELEMENTS, "cpu", 10 * DIM)
     sizes = []
 
+    decode = FeatureRows.decode
+
     def measured(features: FeatureRows, rows: Tensor, buffer: Tensor) -> Tensor:
         sizes.append(len(rows))
         assert len(buffer) <= 10 + 8
-        return dequantize(features, rows, buffer)
+        return decode(features, rows, buffer)
 
-    monkeypatch.setattr(injection_module, "dequantize", measured)
+    monkeypatch.setattr(FeatureRows, "decode", measured)
     monkeypatch.setattr(Injection, "_projects_first", lambda *_: False)
     sites = random_sites(0)
     rows = random_rows(len(sites[0]))

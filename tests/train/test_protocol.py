@@ -20,7 +20,6 @@ from ditr_train.data.dataset import CachedDataset
 from ditr_train.data.sample import FeatureRows, PointBatch
 from ditr_train.data.voxelize import fragments, voxelize
 from ditr_train.evaluate import evaluate, predict_sample
-from ditr_train.models.injection import dequantize
 from ditr_train.protocol import FullEvaluator, FullPredictor, FullProtocol, FullSamples
 from ditr_train.recipe import Recipe, parse_recipe
 from ditr_train.trained import load_run
@@ -327,7 +326,7 @@ class OwnFeature(nn.Module):
         assert batch.features is not None
         scores = torch.zeros(len(batch.feat), 3)
         seen = batch.features.index >= 0
-        scores[seen, 0] = dequantize(batch.features, batch.features.index[seen])[:, 1] / 100
+        scores[seen, 0] = batch.features.decode(batch.features.index[seen])[:, 1] / 100
         scores[:, 1] = batch.feat[:, 0]
         scores[~seen, 2] = 5.0
         return scores

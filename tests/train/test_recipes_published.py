@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditr_cache.codecs import encode
 from ditr_cache.errors import UsageError
 from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo, VFMSpec
 from ditr_cache.store import CacheWriter, open_cache
@@ -24,6 +23,7 @@ from ditr_train.recipe_files import load_recipe, recipe_summaries
 from ditr_train.report import published_line
 from ditr_train.trainer import train
 from ditr_train.tta import tta_set
+from plain_rows import encode
 
 SUMMARIES = recipe_summaries()
 RECIPES = [name for name in SUMMARIES if not name.startswith("demo/")]

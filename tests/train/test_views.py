@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from ditr_cache.codecs import decode
 from ditr_cache.errors import MismatchError, UnknownNameError, UsageError
 from ditr_cache.store import open_cache
 from ditr_train.data.dataset import CachedDataset
@@ -21,6 +20,7 @@ from ditr_train.models.build import build_segmentor
 from ditr_train.models.config import InjectionConfig, ModelConfig
 from ditr_train.models.sparse_unet_config import SparseUNetConfig
 from ditr_train.recipe import parse_recipe
+from plain_rows import decode
 
 Make = Callable[..., Path]
 
