@@ -1,32 +1,34 @@
-"""The cache on disk: writer (temporary -> rename -> record) and reader. The only importer of zarr.
+"""The cache on disk: writer (temporary -> rename -> record) and reader.
 
-A partition is a zarr group beside a commit record, a JSON file that is written last. Without a valid record a
+A partition is a group of arrays beside a commit record, a JSON file that is written last. Without a valid record a
 partition does not exist; the record names every file with its size and every array with its SHA-256, so that a file
-that is missing, cut or altered is found at open (sizes), at read (checksums of the codecs) or by `verify` (digests).
+that is missing, cut, altered or exchanged is found at open (sizes), at read (checksums) or by `verify` (digests).
+
+On a file system a group is a folder, in object storage one zip file.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from ditr_cache.arrays import ArrayGroup, array_infos, array_sums, fill_group
+from ditr_cache.block_cache import local_cache
 from ditr_cache.cached import CachedSample, StoredFeatures, StoredSample, check_view
-from ditr_cache.codecs import EncodedRows, decode
+from ditr_cache.codec_state import read_codec, write_codec
+from ditr_cache.codecs import Codec, EncodedRows
 from ditr_cache.errors import (
-    CacheError,
     CorruptCacheError,
     DataError,
     MismatchError,
@@ -37,20 +39,30 @@ from ditr_cache.errors import (
     UsageError,
 )
 from ditr_cache.files import (
+    Location,
     Paths,
     check_files,
+    check_name,
+    content_digest,
+    entries,
+    exists,
     file_name,
-    local_path,
+    location,
     read_document,
-    remove_folder,
+    read_documents,
+    read_record,
+    remove_group,
     storage_errors,
     sync,
     temporary_prefix,
     umask,
     write_text,
 )
+from ditr_cache.group_files import group_files
+from ditr_cache.pack import write_pack
+from ditr_cache.remote import RemotePath
 from ditr_cache.schema import (
-    ArrayInfo,
+    PROJECTION_VERSION,
     BrokenView,
     CacheMetadata,
     FeatureRecord,
@@ -64,103 +76,59 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R", GeometryRecord, FeatureRecord)
 
-CHUNK_BYTES = 1 << 19
-"""Target size of a chunk before compression: small enough for crops, large enough for the disk."""
-
-SHARD_BYTES = 1 << 28
-"""Largest shard before compression: one file per array for nearly every partition."""
-
-REMEMBERED_ARRAYS = 4096
-"""Arrays whose metadata a reader keeps parsed: some kilobytes each, and at every read some milliseconds."""
-
 OPTIONAL_POINT_ARRAYS = ("color", "normal", "strength", "segment", "instance")
-LINK_ARRAYS = ("link_point", "link_uv", "link_depth")
 
-_CHUNK_KEYS = {"name": "default", "configuration": {"separator": "/"}}
-
-
-# --- arrays ---------------------------------------------------------------------------------------------------------
+REMEMBERED_GROUPS = 512
+"""Groups whose metadata a reader keeps parsed: some ten kilobytes each, and at every read some ten milliseconds."""
 
 
-def array_digest(array: NDArray[np.generic]) -> str:
-    """SHA-256 (hex) of an array's shape, dtype and content in C order."""
-    digest = hashlib.sha256(f"{array.dtype.str}{list(array.shape)}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b"")
-    return digest.hexdigest()
+def open_group(
+    paths: Paths, folder: Location, record: GeometryRecord | FeatureRecord, *, whole: bool = False
+) -> ArrayGroup:
+    """Reader of a committed group of arrays; `whole`: all of it will be read, as it lies there now, from no memory."""
+    where = paths.group(folder, record)
+    if isinstance(where, Path) and not record.offsets:
+        return ArrayGroup(str(where), record.arrays, sums=record.checksums)
+    # Of a scene most is wanted at once; of a partition of many scans, one scan.
+    samples = record.samples if isinstance(record, GeometryRecord) else record.valid_points
+    files = group_files(where, record, whole=whole or len(samples) == 1, fresh=whole)
+    return ArrayGroup(str(where), record.arrays, files, record.checksums)
 
 
-def _write_array(group: zarr.Group, name: str, array: NDArray[np.generic]) -> None:
-    row_bytes = max(1, array[:1].nbytes)
-    rows = max(1, min(len(array), 1 << max(0, (CHUNK_BYTES // row_bytes).bit_length() - 1)))
-    chunks = (rows, *array.shape[1:])
-    shard_rows = rows * max(1, min(-(-len(array) // rows), SHARD_BYTES // max(1, rows * row_bytes)))
-    # A single chunk needs no shard around it, and is read in fewer steps.
-    shards = (shard_rows, *array.shape[1:]) if shard_rows > rows else None
-    # Integers of one column (indices, links) shrink many times under bitshuffle; rows of features only under zstd.
-    compressors: list[Any] = [ZstdCodec(level=1, checksum=True)]
-    if array.ndim == 1 and array.dtype.kind in "iu":
-        compressors = [BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec()]
-    stored = group.create_array(
-        name,
-        shape=array.shape,
-        dtype=array.dtype,
-        chunks=chunks,
-        shards=shards,
-        compressors=compressors,
-        fill_value=0,
-    )
-    if array.size:
-        stored[...] = array
+def _write_group(
+    paths: Paths, folder: Location, partition: str, arrays: Mapping[str, NDArray[np.generic]]
+) -> dict[str, dict[str, Any]]:
+    """Write a group of arrays, atomically and durably; returns what its record says of its content and files."""
+    infos, sums = array_infos(arrays), array_sums(arrays)
+    if isinstance(folder, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="ditr-upload-") as temporary:
+            scratch = Path(temporary) / "group"
+            with storage_errors(scratch, "write"):
+                fill_group(scratch, arrays)
+                files = {p.relative_to(scratch).as_posix(): p.stat().st_size for p in _files(scratch)}
+                offsets = write_pack(scratch, files, Path(temporary) / "pack")
+            target = paths.arrays(folder, partition, content=content_digest(infos, files))
+            assert isinstance(target, RemotePath)
+            target.upload(Path(temporary) / "pack")
+        return {"arrays": infos, "files": files, "offsets": offsets, "checksums": sums}
+    files = write_arrays(paths.arrays(folder, partition), arrays)
+    return {"arrays": infos, "files": files, "offsets": {}, "checksums": sums}
 
 
-def _open_array(where: str, info: ArrayInfo) -> zarr.Array[Any]:
-    stored = zarr.open_array(store=where, mode="r")
-    if tuple(stored.shape) != info.shape or stored.dtype != np.dtype(info.dtype):
-        raise CorruptCacheError(
-            f"{where}: expected {info.dtype}{list(info.shape)} as its record says, got "
-            f"{stored.dtype}{list(stored.shape)}; run `ditr-cache verify --repair`"
-        )
-    # Chunks that are all zero are not stored, so these two decide values that no checksum covers.
-    if stored.fill_value != 0 or stored.metadata.to_dict()["chunk_key_encoding"] != _CHUNK_KEYS:
-        raise CorruptCacheError(f"{where}: its zarr.json was altered; run `ditr-cache verify --repair`")
-    return stored
-
-
-def read_array(
-    folder: Path,
-    name: str,
-    info: ArrayInfo,
-    rows: slice = slice(None),
-    open_array: Callable[[str, ArrayInfo], zarr.Array[Any]] = _open_array,
-) -> NDArray[Any]:
-    """Rows of one array of a group. Raises `CorruptCacheError` where it cannot be decoded or is not as recorded."""
-    where = folder / name
-    try:
-        return np.asarray(open_array(str(where), info)[rows])
-    except CacheError:
-        raise
-    except Exception as error:  # zarr and its codecs raise many types for damaged bytes; all mean the same here
-        raise CorruptCacheError(
-            f"{where}: cannot be decoded ({type(error).__name__}: {error}); run `ditr-cache verify --repair`"
-        ) from error
-
-
-def _write_arrays(folder: Path, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, int]:
-    """Write a group of arrays as `folder`, atomically and durably; returns its files with their sizes."""
+def write_arrays(folder: Location, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, int]:
+    """Write a group of arrays as `folder` on a file system, atomically and durably; returns its files and sizes."""
+    assert isinstance(folder, Path)
     with storage_errors(folder, "write"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(), suffix=".tmp", dir=folder.parent))
         try:
-            group = zarr.open_group(store=str(temporary), mode="w", zarr_format=3)
-            for name, array in arrays.items():
-                _write_array(group, name, array)
-            paths = sorted(p for p in temporary.rglob("*") if p.is_file())
+            fill_group(temporary, arrays)
+            paths = _files(temporary)
             files = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in paths}
             for path in [*paths, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                 sync(path)
             temporary.chmod(0o777 & ~umask())
-            remove_folder(folder)
-            temporary.rename(folder)
+            _replace_folder(folder, temporary)
             sync(folder.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -168,8 +136,20 @@ def _write_arrays(folder: Path, arrays: Mapping[str, NDArray[np.generic]]) -> di
     return files
 
 
-def _info(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, ArrayInfo]:
-    return {k: ArrayInfo(shape=a.shape, dtype=a.dtype.str, sha256=array_digest(a)) for k, a in arrays.items()}
+def _replace_folder(folder: Path, by: Path) -> None:
+    while True:
+        remove_group(folder)
+        try:
+            by.rename(folder)
+        except OSError as error:  # another process put its own there in between
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def check_index(spec: VFMSpec, geometry: GeometryRecord, index: NDArray[np.integer], rows: int) -> None:
@@ -196,8 +176,9 @@ class CacheWriter:
     """Commits partitions to a cache. Many processes may hold one writer each, on different partitions."""
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.paths = Paths(local_path(url))
+        self.paths = Paths(location(url))
         self.metadata = read_document(self.paths.metadata, CacheMetadata)
+        self._created: set[str] = set()
 
     @classmethod
     def create(cls, url: str | os.PathLike[str], metadata: CacheMetadata) -> Self:
@@ -208,16 +189,15 @@ class CacheWriter:
             UsageError: a folder that holds something else.
             UnwritableError: the folder cannot be written.
         """
-        paths = Paths(local_path(url))
-        if paths.metadata.exists():
-            cls(url).check(metadata)
-        elif paths.root.is_dir() and any(p for p in paths.root.iterdir() if not p.name.startswith(".")):
-            raise UsageError(f"{str(paths.root)!r} is not empty and not a cache; pass an empty folder as --out")
+        paths = Paths(location(url))
         try:
-            if not paths.metadata.exists():
+            if exists(paths.metadata):
+                cls(url).check(metadata)
+            elif entries(paths.root, ""):
+                raise UsageError(f"{str(paths.root)!r} is not empty and not a cache; pass an empty folder as --out")
+            else:
                 write_text(paths.metadata, metadata.to_json())
-            with storage_errors(paths.root, "write to"), tempfile.TemporaryFile(dir=paths.root) as probe:
-                probe.write(b"\0")
+            probe_writable(paths.root)
         except StorageError as error:
             raise UnwritableError(str(error)) from error
         return cls(url)
@@ -250,21 +230,21 @@ class CacheWriter:
         """The record of a committed feature partition, None where there is none that is valid."""
         return self._committed(self.paths.features(spec.key), partition, FeatureRecord)
 
-    def _committed(self, folder: Path, partition: str, cls: type[R]) -> R | None:
+    def _committed(self, folder: Location, partition: str, cls: type[R]) -> R | None:
         try:
-            record = read_document(self.paths.record(folder, partition), cls)
-            check_files(self.paths.arrays(folder, partition), record.files)
+            record = read_record(self.paths.record(folder, partition), cls)
+            check_files(self.paths.group(folder, record), record.files, record.offsets)
         except MissingDataError:
             return None
-        except CorruptCacheError as error:
+        except (CorruptCacheError, MismatchError) as error:
             log.warning("%s: will be made again", error)
             return None
         return record
 
     def read_arrays(self, record: GeometryRecord, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Arrays of a committed geometry partition."""
-        folder = self.paths.arrays(self.paths.geometry, record.partition)
-        return {name: read_array(folder, name, record.arrays[name]) for name in names}
+        group = open_group(self.paths, self.paths.geometry, record)
+        return {name: group.read(name) for name in names}
 
     def commit_geometry(
         self,
@@ -274,6 +254,8 @@ class CacheWriter:
         *,
         broken_views: Sequence[BrokenView] = (),
         seconds: float = 0.0,
+        calibration: Sequence[str] = (),
+        projection_version: int = PROJECTION_VERSION,
     ) -> GeometryRecord:
         """Write and commit one geometry partition.
 
@@ -285,22 +267,26 @@ class CacheWriter:
                 links of all views one after the other.
             broken_views: views left out.
             seconds: how long it took.
+            calibration: fingerprints of the views, per sample; empty where there are none.
+            projection_version: of the linking.
 
         Raises:
             DataError: labels beyond the cache's classes.
         """
         self._check_labels(partition, arrays.get("segment"))
         folder = self.paths.geometry
-        self._discard(folder, partition)
+        replaced = self._discard(folder, partition, GeometryRecord)
         record = GeometryRecord(
             partition=partition,
             samples=tuple(samples),
-            arrays=_info(arrays),
-            files=_write_arrays(self.paths.arrays(folder, partition), arrays),
+            **_write_group(self.paths, folder, partition, arrays),
             broken_views=tuple(broken_views),
             seconds=seconds,
+            calibration=tuple(calibration),
+            projection_version=projection_version,
         )
         write_text(self.paths.record(folder, partition), record.to_json())
+        self._remove_replaced(replaced, folder, record)
         return record
 
     def _check_labels(self, partition: str, segment: NDArray[Any] | None) -> None:
@@ -342,10 +328,8 @@ class CacheWriter:
         """
         check_index(spec, geometry, index, len(rows.table))
         folder = self.paths.features(spec.key)
-        vfm_file = folder / "vfm.json"
-        if not vfm_file.exists():
-            write_text(vfm_file, spec.to_json())
-        self._discard(folder, geometry.partition)
+        self._create_store(spec)
+        replaced = self._discard(folder, geometry.partition, FeatureRecord)
         arrays: dict[str, NDArray[Any]] = {"table": rows.table, "index": index}
         if rows.scale is not None:
             arrays["scale"] = rows.scale
@@ -359,8 +343,7 @@ class CacheWriter:
             partition=geometry.partition,
             vfm_digest=spec.digest,
             geometry_digest=geometry.digest,
-            arrays=_info(arrays),
-            files=_write_arrays(self.paths.arrays(folder, geometry.partition), arrays),
+            **_write_group(self.paths, folder, geometry.partition, arrays),
             rows=len(rows.table),
             valid_points=tuple(int(part.sum()) for part in np.split(valid, ends[:-1])),
             images=images,
@@ -368,15 +351,57 @@ class CacheWriter:
             seconds=seconds,
         )
         write_text(self.paths.record(folder, geometry.partition), record.to_json())
+        self._remove_replaced(replaced, folder, record)
         return record
 
-    def _discard(self, folder: Path, partition: str) -> None:
-        """Take a commit back before its arrays are replaced: at no moment does a record describe other arrays."""
-        record = self.paths.record(folder, partition)
-        with storage_errors(record, "remove"):
-            if record.exists():
-                record.unlink()
-                sync(record.parent)
+    def create_codec(self, spec: VFMSpec, codec: Codec) -> None:
+        """Store what a codec was fitted to be. Before the first commit of features that it encodes."""
+        write_codec(self.paths, spec, codec)
+        self._create_store(spec)
+
+    def _create_store(self, spec: VFMSpec) -> None:
+        if spec.key in self._created:
+            return
+        vfm_file = self.paths.features(spec.key) / "vfm.json"
+        if not exists(vfm_file):
+            read_codec(self.paths, spec)  # features that cannot be decoded must not be committed
+            write_text(vfm_file, spec.to_json())
+        self._created.add(spec.key)
+
+    def _discard(self, folder: Location, partition: str, cls: type[R]) -> Location | None:
+        """Take a commit back before its arrays are replaced: at no moment does a record describe other arrays.
+
+        In object storage the new arrays get a name of their own. There the commit stands until the next one replaces
+        it; returns where its arrays lie, to be removed after that.
+        """
+        path = self.paths.record(folder, partition)
+        if isinstance(path, RemotePath):
+            try:
+                return self.paths.group(folder, read_document(path, cls))
+            except (MissingDataError, CorruptCacheError):
+                return None
+        with storage_errors(path, "remove"):
+            if path.exists():
+                path.unlink()
+                sync(path.parent)
+        return None
+
+    def _remove_replaced(
+        self, replaced: Location | None, folder: Location, record: GeometryRecord | FeatureRecord
+    ) -> None:
+        if replaced is not None and replaced != self.paths.group(folder, record):
+            remove_group(replaced)
+
+
+def probe_writable(root: Location) -> None:
+    """Raise `StorageError` where nothing can be written below a folder."""
+    if isinstance(root, RemotePath):
+        probe = root / f"{temporary_prefix()}.tmp"
+        probe.write_bytes(b"\0")
+        probe.unlink()
+        return
+    with storage_errors(root, "write to"), tempfile.TemporaryFile(dir=root) as file:
+        file.write(b"\0")
 
 
 # --- reader ---------------------------------------------------------------------------------------------------------
@@ -397,31 +422,35 @@ class CacheReader:
     """Reads samples of a cache. Picklable, holds no open files, safe to use from many processes."""
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.paths = Paths(local_path(url))
-        if not self.paths.metadata.exists():
+        self.paths = Paths(location(url))
+        try:
+            self.metadata = read_document(self.paths.metadata, CacheMetadata)
+        except MissingDataError as error:
             raise MissingDataError(
                 f"{str(self.paths.root)!r} is not a cache: it has no cache.json; name a folder that `ditr-cache "
                 "extract --out` made"
-            )
-        self.metadata = read_document(self.paths.metadata, CacheMetadata)
+            ) from error
+        if isinstance(self.paths.root, RemotePath):
+            local_cache()  # settings that cannot be used are found now, not at the first sample
         self.geometry: dict[str, GeometryRecord] = {}
         """Record of every committed geometry partition."""
         self._where: dict[str, tuple[str, int]] = {}
-        for path in sorted(self.paths.geometry.glob("*.json")):
+        for path, record in read_documents(self.paths.records(self.paths.geometry), GeometryRecord):
+            if isinstance(record, CorruptCacheError):
+                log.warning("skipped: %s", record)
+                continue
             try:
-                record = read_document(path, GeometryRecord)
-            except CorruptCacheError as error:
+                check_name(path, record)
+            except MismatchError as error:
                 log.warning("skipped: %s", error)
                 continue
             self.geometry[record.partition] = record
             self._where.update({s.id: (record.partition, i) for i, s in enumerate(record.samples)})
         self.vfms: dict[str, VFMSpec] = {}
         """Every VFM of the cache by its key."""
-        for path in sorted((self.paths.root / "features").glob("*/vfm.json")):
-            try:
-                spec = read_document(path, VFMSpec)
-            except CorruptCacheError as error:
-                log.warning("skipped: %s", error)
+        for path, spec in read_documents([store / "vfm.json" for store in self.paths.stores], VFMSpec):
+            if isinstance(spec, CorruptCacheError):
+                log.warning("skipped: %s", spec)
                 continue
             if file_name(spec.key) != path.parent.name:
                 raise MismatchError(
@@ -430,18 +459,19 @@ class CacheReader:
                 )
             self.vfms[spec.key] = spec
         self._features: dict[tuple[str, str], FeatureRecord] = {}
-        self._remember_arrays()
+        self._codecs: dict[str, Codec] = {}
+        self._remember_groups()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_open_array"}
+        return {name: value for name, value in vars(self).items() if name != "_remembered"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._remember_arrays()
+        self._remember_groups()
 
-    def _remember_arrays(self) -> None:
-        """Parse the metadata of an array once, not at every read; no file stays open for it."""
-        self._open_array = lru_cache(maxsize=REMEMBERED_ARRAYS)(_open_array)
+    def _remember_groups(self) -> None:
+        """Parse the metadata of a group once, not at every read; no file stays open for it."""
+        self._remembered = lru_cache(maxsize=REMEMBERED_GROUPS)(self._open_group)
 
     @property
     def samples(self) -> list[str]:
@@ -494,8 +524,11 @@ class CacheReader:
     def samples_with(self, vfm: str | None = None) -> list[str]:
         """Ids of the samples that have features of a VFM, sorted. Raises as `feature_record` and `resolve_vfm`."""
         spec = self.resolve_vfm(vfm)
-        with_features = {p for p in self.geometry if self.feature_record(spec, p) is not None}
-        return [i for i in self.samples if self._where[i][0] in with_features]
+        unread = [p for p in self.geometry if (spec.key, p) not in self._features]
+        partitions = {self._feature_path(spec, p): p for p in unread}
+        for path, record in read_documents(list(partitions), FeatureRecord):
+            self._remember_features(spec, partitions[path], path, record)
+        return [i for i in self.samples if (spec.key, self._where[i][0]) in self._features]
 
     def feature_record(self, spec: VFMSpec, partition: str) -> FeatureRecord | None:
         """The commit record of a feature partition, None where it is not committed.
@@ -505,22 +538,43 @@ class CacheReader:
             CorruptCacheError: the record was altered.
         """
         if (spec.key, partition) not in self._features:
-            path = self.paths.record(self.paths.features(spec.key), partition)
+            path = self._feature_path(spec, partition)
             try:
                 record = read_document(path, FeatureRecord)
             except MissingDataError:
                 return None
-            for what, have, want in (
-                ("VFM", record.vfm_digest, spec.digest),
-                ("geometry (points, their order, or links)", record.geometry_digest, self.geometry[partition].digest),
-            ):
-                if have != want:
-                    raise MismatchError(
-                        f"{path}: features of another {what}: expected digest {want[:16]}, got {have[:16]}; "
-                        "run `ditr-cache extract` again to rebuild them"
-                    )
-            self._features[spec.key, partition] = record
+            self._remember_features(spec, partition, path, record)
         return self._features[spec.key, partition]
+
+    def _feature_path(self, spec: VFMSpec, partition: str) -> Location:
+        return self.paths.record(self.paths.features(spec.key), partition)
+
+    def _remember_features(
+        self, spec: VFMSpec, partition: str, path: Location, record: FeatureRecord | CorruptCacheError
+    ) -> None:
+        if isinstance(record, CorruptCacheError):
+            raise record
+        for what, have, want in (
+            ("VFM", record.vfm_digest, spec.digest),
+            ("geometry (points, their order, or links)", record.geometry_digest, self.geometry[partition].digest),
+        ):
+            if have != want:
+                raise MismatchError(
+                    f"{path}: features of another {what}: expected digest {want[:16]}, got {have[:16]}; "
+                    "run `ditr-cache extract` again to rebuild them"
+                )
+        self._features[spec.key, partition] = record
+
+    def codec(self, spec: VFMSpec) -> Codec:
+        """What decodes the rows of a VFM.
+
+        Raises:
+            MissingDataError, CorruptCacheError, MismatchError: what the codec was fitted to be is not there, damaged,
+                or that of another store.
+        """
+        if spec.key not in self._codecs:
+            self._codecs[spec.key] = read_codec(self.paths, spec)
+        return self._codecs[spec.key]
 
     def read_stored(
         self, sample_id: str, vfm: str | None, *, view: str | None = None, rng: np.random.Generator | None = None
@@ -544,11 +598,10 @@ class CacheReader:
         spec = None if vfm is None else self.resolve_vfm(vfm)
         partition, position = self._locate(sample_id)
         record = self.geometry[partition]
-        folder = self.paths.arrays(self.paths.geometry, partition)
-        check_files(folder, record.files)
+        group = self._group(None, partition)
         rows = record.point_slice(position)
         points: dict[str, Any] = {
-            name: self._read(folder, name, record.arrays[name], rows) if name in record.arrays else None
+            name: group.read(name, rows) if name in record.arrays else None
             for name in ("coord", "source_index", *OPTIONAL_POINT_ARRAYS)
         }
         if points["normal"] is not None:
@@ -567,28 +620,57 @@ class CacheReader:
         feature, valid = None, np.zeros(len(stored.coord), dtype=bool)
         if spec is not None:
             feature, valid = _SampleFeatures(self, sample_id, spec).decoded()
-        partition, position = self._locate(sample_id)
-        record = self.geometry[partition]
-        link_point = self._read_geometry(partition, "link_point", slice(None))
-        counts = np.bincount(link_point, minlength=sum(s.points for s in record.samples))
+        counts = np.bincount(self._link_points(*self._locate(sample_id)), minlength=len(stored.coord))
         return CachedSample(
             **{k: v for k, v in vars(stored).items() if k != "features"},
-            link_count=counts[record.point_slice(position)].astype(np.int32),
+            link_count=counts.astype(np.int32),
             feature=feature,
             valid=valid,
         )
 
-    def _read_geometry(self, partition: str, name: str, rows: slice) -> NDArray[Any]:
-        folder = self.paths.arrays(self.paths.geometry, partition)
-        return self._read(folder, name, self.geometry[partition].arrays[name], rows)
+    def _link_points(self, partition: str, position: int) -> NDArray[np.int64]:
+        """[L] the point of each link of a sample, counted from its first. Raises `CorruptCacheError`."""
+        record = self.geometry[partition]
+        points = record.point_slice(position)
+        found = self._group(None, partition).read("link_point", record.link_slice(position)).astype(np.int64)
+        _check_range(found, points.start, points.stop, f"partition {partition!r}: link_point")
+        found -= points.start
+        return found
 
-    def _read(self, folder: Path, name: str, info: ArrayInfo, rows: slice = slice(None)) -> NDArray[Any]:
-        return read_array(folder, name, info, rows, self._open_array)
+    def _group(self, spec: VFMSpec | None, partition: str) -> ArrayGroup:
+        """Reader of a committed group: of a VFM's features, or for None of the geometry.
+
+        Raises:
+            CorruptCacheError: a file is missing, or was cut.
+        """
+        record = self._record(spec, partition)
+        where = self.paths.group(self._folder(spec), record)
+        if isinstance(where, Path):
+            check_files(where, record.files, record.offsets)
+        return self._remembered(spec, partition)
+
+    def _open_group(self, spec: VFMSpec | None, partition: str) -> ArrayGroup:
+        return open_group(self.paths, self._folder(spec), self._record(spec, partition))
+
+    def _folder(self, spec: VFMSpec | None) -> Location:
+        return self.paths.geometry if spec is None else self.paths.features(spec.key)
+
+    def _record(self, spec: VFMSpec | None, partition: str) -> GeometryRecord | FeatureRecord:
+        return self.geometry[partition] if spec is None else self._features[spec.key, partition]
 
     def _locate(self, sample_id: str) -> tuple[str, int]:
         if sample_id not in self._where:
             raise UnknownNameError.of(f"sample of cache {str(self.paths.root)!r}", sample_id, self._where)
         return self._where[sample_id]
+
+
+def _check_range(values: NDArray[np.integer], start: int, stop: int, what: str) -> None:
+    """Raise `CorruptCacheError` where indices are outside of [start, stop): what they are of would be too small."""
+    if len(values) and not start <= values.min() <= values.max() < stop:
+        raise CorruptCacheError(
+            f"{what}: expected {start} to {stop - 1}, got {values.min()} to {values.max()}; run `ditr-cache verify`, "
+            "and do not use a cache from a source that you do not know"
+        )
 
 
 class _SampleFeatures:
@@ -598,24 +680,22 @@ class _SampleFeatures:
         self.reader, self.spec = reader, spec
         self.partition, self.position = reader._locate(sample_id)
         self.geometry = reader.geometry[self.partition]
-        record = reader.feature_record(spec, self.partition)
-        if record is None:
+        if reader.feature_record(spec, self.partition) is None:
             raise MissingDataError(
                 f"sample {sample_id!r} has no features of {spec.key!r}; run `ditr-cache extract --vfm {spec.name}`"
             )
-        self.record = record
-        self.folder = reader.paths.arrays(reader.paths.features(spec.key), self.partition)
-        check_files(self.folder, record.files)
+        self.group = reader._group(spec, self.partition)
 
     def stored(self, view: str | None, rng: np.random.Generator | None) -> StoredFeatures:
         """One row per point; in the layout `views` that of the chosen view, by default the last."""
         check_view(self.spec, view)
         if self.spec.layout == "fused":
             return self._rows(self._index(self.geometry.point_slice(self.position)))
-        links = self._links(self._index(self.geometry.link_slice(self.position)))
+        of = self.geometry.link_slice(self.position)
+        geometry = self.reader._group(None, self.partition)
+        links = self._links(self._index(of))
         if view == "nearest":
-            depth = self.reader._read_geometry(self.partition, "link_depth", self.geometry.link_slice(self.position))
-            return self._rows(links.nearest(depth))
+            return self._rows(links.nearest(geometry.read("link_depth", of)))
         if view == "random":
             if rng is None:
                 raise UsageError("view 'random': expected rng, a generator to draw from, got None")
@@ -626,35 +706,44 @@ class _SampleFeatures:
         """[N, C] float32, zero where a point has no feature, and [N] bool whether it has one."""
         if self.spec.layout == "views":
             rows = self._rows(self._index(self.geometry.link_slice(self.position)))
-            return self._links(rows.index).mean(rows.table, rows.scale)
+            return self._links(rows.index).mean(rows.decoded())
         rows = self.stored(None, None)
         valid = rows.index >= 0
-        feature = np.zeros((len(valid), rows.table.shape[1]), dtype=np.float32)
-        used = rows.index[valid]
-        feature[valid] = decode(rows.table[used], None if rows.scale is None else rows.scale[used])
+        feature = np.zeros((len(valid), self.spec.dim), dtype=np.float32)
+        feature[valid] = rows.decoded()[rows.index[valid]]
         return feature, valid
 
     def _links(self, row: NDArray[np.int32]) -> LinkedRows:
-        points, links = self.geometry.point_slice(self.position), self.geometry.link_slice(self.position)
+        points = self.geometry.point_slice(self.position)
         return LinkedRows(
             row=row,
-            point=self.reader._read_geometry(self.partition, "link_point", links) - points.start,
+            point=self.reader._link_points(self.partition, self.position),
             ends=np.cumsum([v.links for v in self.geometry.samples[self.position].views], dtype=np.int64),
             points=points.stop - points.start,
         )
 
-    def _index(self, entries: slice) -> NDArray[np.int32]:
-        return self.reader._read(self.folder, "index", self.record.arrays["index"], entries)
+    def _index(self, of: slice) -> NDArray[np.int32]:
+        index = self.group.read("index", of)
+        record = self.reader._record(self.spec, self.partition)
+        assert isinstance(record, FeatureRecord)
+        _check_range(index, -1, record.rows, f"features of {self.spec.key!r}, partition {self.partition!r}: index")
+        return index
 
     def _rows(self, index: NDArray[np.int32]) -> StoredFeatures:
-        """The rows that an index names. A sample's rows stand together: only its part of the table is read."""
+        """The rows that an index names, which stand together; they are read when they are asked for."""
         present = index[index >= 0]
-        used = slice(int(present.min()), int(present.max()) + 1) if len(present) else slice(0, 0)
-        if used.start:
-            index = np.where(index >= 0, index - used.start, -1).astype(np.int32)
-        arrays = {
-            name: self.reader._read(self.folder, name, self.record.arrays[name], used)
-            for name in ("table", "scale")
-            if name in self.record.arrays
-        }
-        return StoredFeatures(table=arrays["table"], scale=arrays.get("scale"), index=index, spec=self.spec)
+        first = int(present.min()) if len(present) else 0
+        if first:
+            index = np.where(index >= 0, index - first, -1).astype(np.int32)
+
+        def take(rows: NDArray[np.integer]) -> EncodedRows:
+            read = {n: self.group.read_rows(n, rows + first) for n in ("table", "scale") if n in self.group.infos}
+            return EncodedRows(table=read["table"], scale=read.get("scale"))
+
+        return StoredFeatures(
+            index=index,
+            rows=int(present.max()) + 1 - first if len(present) else 0,
+            take=take,
+            spec=self.spec,
+            codec=self.reader.codec(self.spec),
+        )

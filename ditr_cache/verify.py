@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
+
+from ditr_cache.arrays import array_digest
+from ditr_cache.codec_state import read_codec
 from ditr_cache.errors import CorruptCacheError, FormatVersionError, MismatchError, MissingDataError
-from ditr_cache.files import Paths, local_path, read_document, remove_folder, remove_leftovers
+from ditr_cache.files import (
+    RESERVED_NAMES,
+    Location,
+    Paths,
+    check_files,
+    exists,
+    file_name,
+    groups_of,
+    location,
+    read_document,
+    read_record,
+    remove_group,
+    remove_leftovers,
+)
 from ditr_cache.schema import CacheMetadata, FeatureRecord, GeometryRecord, VFMSpec
-from ditr_cache.store import array_digest, check_index, read_array
+from ditr_cache.store import check_index, open_group
 
 
 @dataclass
@@ -48,7 +66,9 @@ class VerifyReport:
         }
 
 
-def verify(url: str | Path, *, repair: bool = False, progress: Callable[[str], None] | None = None) -> VerifyReport:
+def verify(
+    url: str | os.PathLike[str], *, repair: bool = False, progress: Callable[[str], None] | None = None
+) -> VerifyReport:
     """Re-read every committed byte and compare it with the digests of the records.
 
     Args:
@@ -61,8 +81,8 @@ def verify(url: str | Path, *, repair: bool = False, progress: Callable[[str], N
         FormatVersionError: written by a newer version.
         CorruptCacheError: `cache.json` itself is damaged; nothing else can be judged then.
     """
-    paths = Paths(local_path(url))
-    if not paths.metadata.exists():
+    paths = Paths(location(url))
+    if not exists(paths.metadata):
         raise MissingDataError(f"{str(paths.root)!r} is not a cache: it has no cache.json")
     read_document(paths.metadata, CacheMetadata)
     report = VerifyReport()
@@ -96,13 +116,13 @@ def _entries(paths: Paths) -> Iterator[tuple[str, Callable[[], object], Callable
     """(entry, check that raises, remove) of every committed thing; features come after their geometry."""
     geometry: dict[str, GeometryRecord] = {}
 
-    def check_geometry(path: Path) -> None:
-        record = read_document(path, GeometryRecord)
-        _check_arrays(path.with_suffix(".zarr"), record)
+    def check_geometry(path: Location) -> None:
+        record = read_record(path, GeometryRecord)
+        _check_arrays(paths, path.parent, record)
         geometry[path.stem] = record
 
-    def check_features(path: Path, spec_path: Path) -> None:
-        record = read_document(path, FeatureRecord)
+    def check_features(path: Location, spec_path: Location) -> None:
+        record = read_record(path, FeatureRecord)
         spec = read_document(spec_path, VFMSpec)
         if record.vfm_digest != spec.digest:
             raise MismatchError(f"made by VFM {record.vfm_digest[:16]}, its store is of {spec.digest[:16]}")
@@ -112,20 +132,18 @@ def _entries(paths: Paths) -> Iterator[tuple[str, Callable[[], object], Callable
             raise MismatchError(
                 f"made from geometry {record.geometry_digest[:16]}, the cache's is {geometry[path.stem].digest[:16]}"
             )
-        folder = path.with_suffix(".zarr")
-        _check_arrays(folder, record)
-        index = read_array(folder, "index", record.arrays["index"])
-        check_index(spec, geometry[path.stem], index, record.arrays["table"].shape[0])
+        for name, array in verified_arrays(paths, path.parent, record):
+            if name == "index":
+                check_index(spec, geometry[path.stem], array, record.arrays["table"].shape[0])
 
-    for path in sorted(paths.geometry.glob("*.json")):
+    for path in paths.records(paths.geometry):
         yield f"geometry/{path.stem}", partial(check_geometry, path), partial(_remove, path)
-    for folder in sorted(p for p in (paths.root / "features").glob("*") if p.is_dir()):
+    for folder in paths.stores:
         spec_path = folder / "vfm.json"
-        records = sorted(p for p in folder.glob("*.json") if p.name != "vfm.json")
-        if not records and not spec_path.exists():
+        records = paths.records(folder)
+        if not records and not exists(spec_path):
             continue  # a run was killed before it committed anything here
-        remove_spec = partial(spec_path.unlink, missing_ok=True)
-        yield f"features/{folder.name}/vfm.json", partial(_check_spec, spec_path), remove_spec
+        yield f"features/{folder.name}/vfm.json", partial(_check_spec, paths, spec_path), partial(_remove_spec, folder)
         for path in records:
             yield (
                 f"features/{folder.name}/{path.stem}",
@@ -134,25 +152,49 @@ def _entries(paths: Paths) -> Iterator[tuple[str, Callable[[], object], Callable
             )
 
 
-def _check_spec(path: Path) -> None:
+def _check_spec(paths: Paths, path: Location) -> None:
     spec = read_document(path, VFMSpec)
-    if spec.key != path.parent.name:
+    if file_name(spec.key) != path.parent.name:
         raise MismatchError(f"the folder is named {path.parent.name!r} but describes {spec.key!r}")
+    read_codec(paths, spec)
 
 
-def _check_arrays(folder: Path, record: GeometryRecord | FeatureRecord) -> None:
-    for name, size in record.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise MissingDataError(f"{path} is committed but missing")
-        if path.stat().st_size != size:
-            raise CorruptCacheError(f"{path}: expected {size} bytes as committed, got {path.stat().st_size}")
+def verified_arrays(
+    paths: Paths, folder: Location, record: GeometryRecord | FeatureRecord
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Every array of a committed group, after its content was compared with the digest in the record.
+
+    Raises:
+        MissingDataError: a file is gone.
+        CorruptCacheError: the content is not what was committed.
+    """
+    where = paths.group(folder, record)
+    try:
+        check_files(where, record.files, record.offsets)
+    except CorruptCacheError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise MissingDataError(str(error)) from error
+        raise
+    group = open_group(paths, folder, record, whole=True)
     for name, info in record.arrays.items():
-        if array_digest(read_array(folder, name, info)) != info.sha256:
-            raise CorruptCacheError(f"{folder / name}: its content is not what was committed (SHA-256 differs)")
+        array = group.read(name)
+        if array_digest(array) != info.sha256:
+            raise CorruptCacheError(f"{where}/{name}: its content is not what was committed (SHA-256 differs)")
+        yield name, array
 
 
-def _remove(record: Path) -> None:
+def _check_arrays(paths: Paths, folder: Location, record: GeometryRecord | FeatureRecord) -> None:
+    for _ in verified_arrays(paths, folder, record):
+        continue
+
+
+def _remove(record: Location) -> None:
     """Take a commit back: the record first, so that no reader takes the rest for a partition."""
     record.unlink(missing_ok=True)
-    remove_folder(record.with_suffix(".zarr"))
+    for group in groups_of(record):
+        remove_group(group)
+
+
+def _remove_spec(folder: Location) -> None:
+    for name in RESERVED_NAMES:
+        (folder / f"{name}.json").unlink(missing_ok=True)

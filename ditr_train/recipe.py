@@ -140,7 +140,7 @@ class Recipe(Section):
         """The same recipe whatever folder it is used from: `cache`, those of `sources` and `init` made absolute."""
 
         def absolute(path: str | None) -> str | None:
-            return None if path is None else os.path.abspath(path)  # noqa: PTH100 - links stay as they are
+            return path if path is None or "://" in path else os.path.abspath(path)  # noqa: PTH100 - links stay as they are
 
         sources = tuple(s.model_copy(update={"cache": absolute(s.cache)}) for s in self.sources)
         return self.model_copy(update={"cache": absolute(self.cache), "sources": sources, "init": absolute(self.init)})

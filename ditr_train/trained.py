@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ditr_cache.errors import CacheError, DataError, UsageError
-from ditr_cache.store import open_cache
+from ditr_cache.store import location, open_cache
 from ditr_train.checkpoint import load_checkpoint, used_weights
 from ditr_train.data.dataset import CachedDataset
 from ditr_train.distributed import choose_device
@@ -63,7 +63,7 @@ class TrainedRun:
     def on_own_cache(self) -> bool:
         """Whether the cache in use is the one of the training, by its content, wherever it lies now."""
         own = self.info.caches[0]
-        if str(Path(self.recipe.require_cache()).resolve()) == own.path:
+        if str(location(self.recipe.require_cache()).resolve()) == own.path:
             return True
         try:
             parts = [

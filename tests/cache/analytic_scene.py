@@ -17,7 +17,6 @@ import torch
 
 from ditr_cache import partition
 from ditr_cache.cached import CachedSample, StoredFeatures
-from ditr_cache.codecs import decode
 from ditr_cache.datasets.base import Partition
 from ditr_cache.partition import ExtractSettings, PartitionWorker
 from ditr_cache.progress import PartitionSummary
@@ -25,6 +24,7 @@ from ditr_cache.sample import Camera, Points, Sample, View
 from ditr_cache.schema import CacheMetadata, LinkSettings
 from ditr_cache.store import CacheWriter, open_cache
 from ditr_cache.vfm import FrozenVFM, VFMRequest
+from plain_rows import decode
 
 LOW, HIGH = np.array([-2.5, 0.0, 0.0]), np.array([2.5, 4.5, 3.0])
 COLOR = Camera(width=320, height=240, fx=250.0, fy=255.0, cx=155.0, cy=122.0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ditr_cache.codecs import encode
 from ditr_cache.schema import CacheMetadata, GeometryRecord, LinkSettings, SampleInfo, VFMSpec, ViewInfo
 from ditr_cache.store import CacheWriter
+from plain_rows import encode
 from support import Run, call_command
 
 

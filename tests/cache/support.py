@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from ditr_cache import cli, open_cache
-from ditr_cache.store import read_array
+from ditr_cache.arrays import ArrayGroup
+from ditr_cache.schema import ArrayInfo
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ def call_command(
     out, err = capsys.readouterr()
     assert "Traceback" not in err + caplog.text
     return Outcome(code, out, err)
+
+
+def read_array(folder: Path, name: str, info: ArrayInfo, rows: slice = slice(None)) -> NDArray[Any]:
+    """Rows of one array of a group."""
+    return ArrayGroup(str(folder), {name: info}).read(name, rows)
 
 
 def contents(cache: Path) -> dict[str, NDArray[Any]]:

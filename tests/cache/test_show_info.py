@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from ditr_cache import open_cache, show
-from ditr_cache.codecs import encode
 from ditr_cache.errors import StorageError, UnknownNameError
 from ditr_cache.info import cache_info
 from ditr_cache.schema import BrokenView
 from ditr_cache.show import INVISIBLE, PANEL, coverage_colors, label_colors, layers, pca_colors, render
+from plain_rows import encode
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ditr_cache import arrays as array_files
 from ditr_cache import files, open_cache, store
-from ditr_cache.codecs import decode, encode
+from ditr_cache.arrays import array_digest, array_infos
 from ditr_cache.errors import (
     CorruptCacheError,
     DataError,
@@ -27,9 +28,11 @@ from ditr_cache.errors import (
     UnknownNameError,
     UsageError,
 )
-from ditr_cache.files import file_name, local_path, remove_leftovers
-from ditr_cache.store import CacheReader, CacheWriter, read_array
+from ditr_cache.files import file_name, location, remove_leftovers
+from ditr_cache.store import CacheReader, CacheWriter
 from ditr_cache.verify import verify
+from plain_rows import decode, encode
+from support import read_array
 
 POINT_ARRAYS = ("coord", "color", "strength", "segment", "instance")
 
@@ -67,18 +70,18 @@ SHAPES = st.tuples(st.integers(0, 70)) | st.tuples(st.integers(0, 70), st.intege
 @given(DTYPES.flatmap(lambda d: hnp.arrays(d, SHAPES)))
 def test_arrays_round_trip_bit_by_bit(array):
     with tempfile.TemporaryDirectory() as folder:
-        store._write_arrays(Path(folder) / "a.zarr", {"x": array})
-        back = read_array(Path(folder) / "a.zarr", "x", store._info({"x": array})["x"])
+        store.write_arrays(Path(folder) / "a.zarr", {"x": array})
+        back = read_array(Path(folder) / "a.zarr", "x", array_infos({"x": array})["x"])
     assert back.dtype == array.dtype and back.shape == array.shape and back.tobytes() == array.tobytes()
 
 
 def test_arrays_of_many_chunks_and_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "CHUNK_BYTES", 1 << 10)
-    monkeypatch.setattr(store, "SHARD_BYTES", 1 << 13)
+    monkeypatch.setattr(array_files, "CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(array_files, "SHARD_BYTES", 1 << 13)
     array = np.random.default_rng(0).normal(size=(5000, 7)).astype(np.float32)
     array[1000:3000] = 0
-    files = store._write_arrays(tmp_path / "a.zarr", {"x": array})
-    info = store._info({"x": array})["x"]
+    files = store.write_arrays(tmp_path / "a.zarr", {"x": array})
+    info = array_infos({"x": array})["x"]
     assert np.array_equal(read_array(tmp_path / "a.zarr", "x", info), array)
     assert np.array_equal(read_array(tmp_path / "a.zarr", "x", info, slice(999, 1024)), array[999:1024])
     assert 5 < len(files) < 40
@@ -92,8 +95,8 @@ def test_one_file_per_array_where_it_fits(writer, make_partition):
 def test_digests_tell_dtype_shape_and_content_apart():
     base = np.arange(12, dtype=np.int32)
     others = [base.reshape(3, 4), base.astype(np.uint32), base[::-1], base.astype(np.int64), base[:0]]
-    assert len({store.array_digest(a) for a in [base, *others]}) == 6
-    assert store.array_digest(base.reshape(3, 4).T) == store.array_digest(base.reshape(3, 4).T.copy())
+    assert len({array_digest(a) for a in [base, *others]}) == 6
+    assert array_digest(base.reshape(3, 4).T) == array_digest(base.reshape(3, 4).T.copy())
 
 
 # --- partitions -----------------------------------------------------------------------------------------------------
@@ -243,11 +246,13 @@ def test_file_names_are_safe_and_one_per_id(a, b):
 
 
 def test_cache_urls(tmp_path, writer, make_partition):
-    assert local_path("a/b") == Path("a/b") == local_path(Path("a/b"))
-    assert local_path("file:///data/my%20cache") == Path("/data/my cache")
+    assert location("a/b") == Path("a/b") == location(Path("a/b"))
+    assert location("file:///data/my%20cache") == Path("/data/my cache")
     assert open_cache(writer.paths.root.as_uri()).samples == []
-    with pytest.raises(UsageError, match="'s3'"):
-        open_cache("s3://bucket/cache")
+    with pytest.raises(UsageError, match="no storage for nowhere://"):
+        open_cache("nowhere://bucket/cache")
+    with pytest.raises(UsageError, match="expected PROTOCOL://BUCKET/FOLDER"):
+        open_cache("memory://")
 
 
 def test_readers_pickle_and_hold_no_files(writer, make_arrays, make_spec):
@@ -328,7 +333,7 @@ def test_killed_at_every_change_of_the_disk(writer, make_partition, make_arrays,
         assert all(path.read_bytes() == content for path, content in others.items())
         assert not finished or which == "new"
         with monkeypatch.context() as patch:
-            patch.setattr(files, "_alive", lambda pid: False)
+            patch.setattr(files, "is_alive", lambda pid: False)
             # kill -9 leaves no threads; here zarr's may still be ending, and put a file back while it is removed.
             for _ in range(100):
                 with contextlib.suppress(OSError):
@@ -345,7 +350,7 @@ def test_killed_at_every_change_of_the_disk(writer, make_partition, make_arrays,
                 writer.commit_geometry("scene", *new)
                 assert np.array_equal(open_cache(writer.paths.root).read_stored("scene", None).coord, new[1]["coord"])
             record.unlink()
-            store.remove_folder(record.with_suffix(".zarr"))
+            files.remove_group(record.with_suffix(".zarr"))
     else:
         pytest.fail("the commit never finished")
     assert verify(writer.paths.root).clean
@@ -358,7 +363,7 @@ def test_a_failed_write_leaves_nothing_behind(writer, make_arrays, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_array", full)
+        patch.setattr(store, "fill_group", full)
         with pytest.raises(StorageError, match=r"cannot write .*scene\.zarr.*No space left.*free space"):
             writer.commit_geometry("scene", *make_arrays([("scene", 5)]))
     assert [p.name for p in files_of(writer.paths.root)] == ["cache.json"]
@@ -476,13 +481,13 @@ def test_a_flipped_bit_in_any_file_is_seen_or_harmless(damaged, data, caplog):
 @pytest.mark.parametrize("zeros", [True, False])
 def test_altered_array_metadata_never_makes_other_values(tmp_path, old, new, zeros):
     array = np.zeros(9, np.int16) if zeros else np.arange(9, dtype=np.int16)
-    store._write_arrays(tmp_path / "a.zarr", {"x": array})
+    store.write_arrays(tmp_path / "a.zarr", {"x": array})
     path = tmp_path / "a.zarr" / "x" / "zarr.json"
     text = path.read_bytes()
     assert text.count(old) == 1
     path.write_bytes(text.replace(old, new))
     with contextlib.suppress(CorruptCacheError):
-        assert np.array_equal(read_array(tmp_path / "a.zarr", "x", store._info({"x": array})["x"]), array)
+        assert np.array_equal(read_array(tmp_path / "a.zarr", "x", array_infos({"x": array})["x"]), array)
 
 
 def test_a_missing_or_cut_file_is_seen_at_once(damaged):
@@ -542,7 +547,7 @@ def test_features_of_another_vfm_of_the_same_shape_are_refused(writer, make_part
     make_partition(writer, "scene", [("scene", 40)], mine, other)
     folders = [writer.paths.features(s.key) for s in (mine, other)]
     for name in ("scene.json", "scene.zarr"):
-        store.remove_folder(folders[0] / name) if name.endswith("zarr") else (folders[0] / name).unlink()
+        files.remove_group(folders[0] / name) if name.endswith("zarr") else (folders[0] / name).unlink()
         (folders[1] / name).rename(folders[0] / name)
     with pytest.raises(MismatchError, match="features of another VFM"):
         open_cache(writer.paths.root).read("scene", mine.key)

@@ -14,9 +14,9 @@ import pytest
 
 from ditr_cache import cli, open_cache
 from ditr_cache.errors import CacheError
-from ditr_cache.store import CacheReader, read_array
+from ditr_cache.store import CacheReader
 from ditr_cache.verify import verify
-from support import Run
+from support import Run, read_array
 
 ROOMS = ["scene0000_00", "scene0001_00", "scene0002_00"]
 GEOMETRY, FEATURES = f"geometry/{ROOMS[0]}", f"features/{{key}}/{ROOMS[0]}"

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditr_cache import open_cache
+from ditr_cache.arrays import ArrayGroup
 from ditr_cache.cached import VIEW_CHOICES
-from ditr_cache.codecs import decode, encode
 from ditr_cache.errors import MismatchError, UnknownNameError, UsageError
 from ditr_cache.extract import ExtractRequest
 from ditr_cache.extract import extract as run_extract
@@ -27,6 +27,7 @@ from ditr_cache.store import CacheWriter
 from ditr_cache.verify import verify
 from ditr_cache.vfm import VFMRequest
 from ditr_cache.views import LinkedRows
+from plain_rows import decode, encode
 from support import Outcome, Run, assert_same
 
 ROOMS = ["scene0000_00", "scene0001_00", "scene0002_00"]
@@ -95,7 +96,7 @@ def test_mean_against_plain_loops(seed, points, views, rows, dropped, codec):
     case = Case.make(seed, points, views, rows, dropped)
     encoded = encode(np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32), codec)
     tokens = decode(encoded.table, encoded.scale).astype(np.float64)
-    mean, valid = case.links.mean(encoded.table, encoded.scale)
+    mean, valid = case.links.mean(decode(encoded.table, encoded.scale))
     assert mean.dtype == np.float32 and mean.shape == (points, 3)
     for point, found in enumerate(case.sightings()):
         expected = np.mean([tokens[row] for _, row in found], axis=0) if found else np.zeros(3)
@@ -208,13 +209,13 @@ def test_links_are_read_only_where_they_are_needed(writer, make_arrays, make_par
     make_partition(writer, "two", [("two", 40)], make_spec(name="plain"))
     reader = open_cache(writer.paths.root)
     read: list[str] = []
-    whole = reader._read
+    whole = ArrayGroup.read
 
-    def noting(folder: Path, name: str, *rest: Any) -> Any:
+    def noting(group: ArrayGroup, name: str, *rest: Any) -> Any:
         read.append(name)
-        return whole(folder, name, *rest)
+        return whole(group, name, *rest)
 
-    monkeypatch.setattr(reader, "_read", noting)
+    monkeypatch.setattr(ArrayGroup, "read", noting)
 
     def links_read(*arguments: Any, **more: Any) -> list[str]:
         read.clear()
