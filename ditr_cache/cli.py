@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ditr_cache.cli_maintenance import COMMANDS
 from ditr_cache.errors import CacheError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -82,7 +83,15 @@ def dataset_options(command: F) -> F:
     "[default: the dataset's recipe]",
 )
 @click.option("--fuse", type=click.Choice(["mean", "last", "nearest"]), help="Of a point's views.  [default: mean]")
-@click.option("--codec", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
+@click.option(
+    "--codec", default="float16", show_default=True, metavar="NAME", help="float16, int8, fp8, pca256-int8 or pq64."
+)
+@click.option(
+    "--fit-split",
+    "fit_splits",
+    multiple=True,
+    help="Whose images pca and pq are fitted to; may be given several times.  [default: train, else all]",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--compile", "compile_", is_flag=True, help="Run the VFM through torch.compile.")
 @click.option(
@@ -95,6 +104,12 @@ def dataset_options(command: F) -> F:
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N partitions.")
 @click.option("--retry-incomplete", is_flag=True, help="Redo partitions that were committed without some views.")
 @click.option("--dry-run", is_flag=True, help="Print partitions, images, points, bytes and seconds; write nothing.")
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a Chrome trace of what the workers did when, for chrome://tracing or Perfetto.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 def extract(
     dataset: str,
@@ -110,12 +125,14 @@ def extract(
     layout: str | None,
     fuse: str | None,
     codec: str,
+    fit_splits: tuple[str, ...],
     batch_size: int | None,
     workers: int | None,
     scheduler: str | None,
     limit: int | None,
     retry_incomplete: bool,
     dry_run: bool,
+    profile: Path | None,
     as_json: bool,
     **links: float | str | None,
 ) -> None:
@@ -155,6 +172,8 @@ def extract(
         limit=limit,
         workers=workers,
         scheduler=scheduler,
+        fit_splits=fit_splits or None,
+        profile=profile,
     )
     if dry_run:
         plan = estimate(request)
@@ -335,6 +354,10 @@ def synthesize(folder: Path, scenes: int, seed: int, point_spacing: float | None
             progress=lambda n, _: bar.update(task, completed=n),
         )
     click.echo(str(folder))
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def _require_torch() -> None:

@@ -77,6 +77,12 @@ class CorruptCacheError(CacheError, OSError):
     exit_code = 1
 
 
+class ClusterError(CacheError, ConnectionError):
+    """The cluster that does the work went away. Ends a run; what was committed stays."""
+
+    exit_code = 1
+
+
 class MismatchError(CacheError, ValueError):
     """Two things that must belong together do not: names the part that differs."""
 

@@ -5,49 +5,45 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from threading import Lock
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ditr_cache.codecs import EncodedRows, concatenate_rows
+from ditr_cache.batcher import Batcher, Stopped
+from ditr_cache.claims import Claims, TakenOverError, features_claim, geometry_claim, new_run
+from ditr_cache.codec_state import find_fitted, read_codec
+from ditr_cache.codecs import EncodedRows, check_codec, concatenate_rows, needs_fit
 from ditr_cache.datasets.base import DATASETS, Dataset, Defaults, OptionValue, Partition, dataset_class, open_dataset
-from ditr_cache.errors import CacheError, DataError, StorageError, UnknownNameError, UsageError
-from ditr_cache.geometry import morton_order, point_spacing
-from ditr_cache.link import Links, concatenate, link_view, select_views
+from ditr_cache.errors import CacheError, DataError, MismatchError, StorageError, UnknownNameError, UsageError
+from ditr_cache.fingerprint import check_source
+from ditr_cache.geometry_partition import make_geometry
 from ditr_cache.progress import PartitionSummary
-from ditr_cache.sample import Points, Sample
+from ditr_cache.sample import Sample
 from ditr_cache.sample_features import SampleFeatures
 from ditr_cache.schema import (
-    IGNORE_INDEX,
     LAYOUTS,
+    LINK_ARRAYS,
     NOT_FUSED,
     BrokenView,
     FeatureRecord,
     GeometryRecord,
-    LinkSettings,
-    SampleInfo,
     VFMSpec,
-    ViewInfo,
 )
-from ditr_cache.store import LINK_ARRAYS, OPTIONAL_POINT_ARRAYS, CacheWriter
+from ditr_cache.store import CacheWriter
+from ditr_cache.timeline import Timeline, this_process
 from ditr_cache.vfm import FrozenVFM, VFMRequest
 
 log = logging.getLogger(__name__)
 
-STORED_DTYPES = {
-    "color": np.uint8,
-    "normal": np.float16,
-    "strength": np.float32,
-    "segment": np.int16,
-    "instance": np.int32,
-}
-
-UNLABELLED = {"segment": IGNORE_INDEX, "instance": -1}
-"""What points of a sample without labels get, in a partition where others have some."""
+MAX_DECODERS = 16
+"""Threads that decode and resize images: as many keep up with a small VFM on a large GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +57,14 @@ class ExtractSettings:
         options: of the dataset.
         layout: one of `LAYOUTS`; None: `fused` where `fuse` is given, else the dataset's.
         fuse: how a point's views are reduced in the layout `fused`; None: `mean`.
-        codec: how rows are stored.
+        codec: how rows are stored, see `codecs`.
         retry_incomplete: redo partitions that were committed without some of their views.
         batch_size: images per forward pass; None: 32 on a GPU, 1 on a CPU, where a larger batch only misses the caches.
+        profile: whether summaries bring along every span of their timelines.
+        run: name of the run, under which its workers claim partitions.
 
     Raises:
-        UnknownNameError: no such layout.
+        UnknownNameError: no such layout or codec.
         UsageError: `fuse` for a layout that reduces nothing.
     """
 
@@ -80,6 +78,8 @@ class ExtractSettings:
     codec: str = "float16"
     retry_incomplete: bool = False
     batch_size: int | None = None
+    profile: bool = False
+    run: str = field(default_factory=new_run)
 
     def __post_init__(self) -> None:
         # A dataset that is not in the registry was opened by other means and has no recipe.
@@ -88,6 +88,7 @@ class ExtractSettings:
             object.__setattr__(self, "layout", "fused" if self.fuse is not None else defaults.layout)
         if self.vfm.image_size is None and self.vfm.grid is None:
             object.__setattr__(self, "vfm", replace(self.vfm, grid=defaults.grid))
+        check_codec(self.codec)
         if self.layout not in LAYOUTS:
             raise UnknownNameError.of("layout", str(self.layout), LAYOUTS)
         if self.layout == "views" and self.fuse is not None:
@@ -103,7 +104,10 @@ class ExtractSettings:
 
 
 class PartitionWorker:
-    """Extracts partitions one after the other. The VFM is loaded once, when the first features are needed.
+    """Extracts partitions; several threads may call it at the same time, for one partition each.
+
+    Then one partition is read and linked, or lifted, encoded and written, while another is embedded. All go through one
+    `Batcher`, which fills its batches across them.
 
     Args:
         settings: see there.
@@ -124,37 +128,75 @@ class PartitionWorker:
         self.writer = CacheWriter(settings.cache)
         self.vfm = vfm if vfm is not None else FrozenVFM(settings.vfm)
         self.spec = settings.complete_spec(self.vfm.spec)
+        if needs_fit(settings.codec):
+            self.spec = find_fitted(self.writer.paths, self.spec) or self.spec
+        self.codec = read_codec(self.writer.paths, self.spec)
         if expected_key is not None and self.spec.key != expected_key:
             raise UsageError(
                 f"this worker's VFM is {self.spec.key!r}, expected {expected_key!r}: its weights or its version of "
                 "ditr differ from the client's"
             )
-        self.batch_size = settings.batch_size or (32 if self.vfm.device.type == "cuda" else 1)
+        on_gpu = self.vfm.device.type == "cuda"
+        self.batch_size = settings.batch_size or (32 if on_gpu else 1)
+        self._batcher = Batcher(self.vfm, self.batch_size, ahead=1 if on_gpu else 0)
+        # As many threads as this process may use cores; a file system may be slow even where cores are few.
+        decoders = min(MAX_DECODERS, max(4, torch.get_num_threads()))
+        self._decode_ahead = max(decoders, self.batch_size)
+        self._decoders = ThreadPoolExecutor(max_workers=decoders, thread_name_prefix="decode")
+        # One partition at a time is read and linked: what datasets keep of the sample at work is kept once.
+        self._reading = Lock()
+        self._claims = Claims(self.writer.paths, settings.run)
 
     def __call__(self, partition: Partition) -> PartitionSummary:
-        """Extract one partition. Never raises for bad input: that is recorded in the summary."""
+        """Extract one partition. Never raises for bad input: that is recorded in the summary.
+
+        Raises:
+            Stopped: the worker was stopped before the partition was committed.
+        """
+        timeline = Timeline(keep_spans=self.settings.profile)
         try:
-            return self._extract(partition)
+            with self._claims.hold(claim_of(self.spec, partition.id)) as mine:
+                summary = self._extract(partition, timeline) if mine else _busy(partition)
+        except Stopped:
+            raise
+        except TakenOverError:
+            summary = _busy(partition)
         except StorageError as error:
-            return _failed(partition, error, fatal=True)
+            summary = _failed(partition, error, fatal=True)
         except CacheError as error:
-            return _failed(partition, error)
+            summary = _failed(partition, error)
         except Exception as error:
             log.exception("partition %s", partition.id)
-            return _failed(partition, error)
+            summary = _failed(partition, error)
+        return replace(summary, process=this_process(), stages=timeline.seconds, spans=timeline.spans)
 
-    def _extract(self, partition: Partition) -> PartitionSummary:
-        geometry, features = committed(self.writer, self.spec, partition, self.settings.retry_incomplete)
-        if geometry is not None and features is not None:
-            return reused_summary(geometry, features)
+    def stop(self) -> None:
+        """End partitions that are at work, at the next view or batch, with `Stopped`; later ones at once."""
+        self._batcher.stop()
+
+    def _extract(self, partition: Partition, timeline: Timeline) -> PartitionSummary:
         # Broken views of reused geometry were reported by the run that made it.
         reported: tuple[BrokenView, ...] = ()
         written = 0
         status = "reused"
-        if geometry is None:
-            geometry = make_geometry(self.dataset.read, partition, self.writer)
-            reported, written, status = geometry.broken_views, sum(geometry.files.values()), "computed"
-        features = self._make_features(geometry)
+        with self._reading:
+            self._batcher.check()
+            geometry, features = committed(self.writer, self.spec, partition, self.settings.retry_incomplete)
+            if geometry is not None and features is not None:
+                return reused_summary(geometry, features)
+            read = cache(self.dataset.read)  # linked and opened for its images, a sample is read once
+            if geometry is None:
+                with self._claims.hold(geometry_claim(partition.id)) as mine:
+                    if not mine:  # a run with another VFM makes it
+                        return _busy(partition)
+                    geometry, _ = committed(self.writer, self.spec, partition, self.settings.retry_incomplete)
+                    if geometry is None:
+                        geometry = make_geometry(read, partition, self.writer, timeline, self._batcher.check)
+                        reported, written, status = geometry.broken_views, sum(geometry.files.values()), "computed"
+            with timeline.stage("read"):
+                load = _image_loaders(geometry, read)
+        with self.vfm.stream_of_thread():
+            features = self._make_features(geometry, load, timeline)
         return PartitionSummary(
             partition=partition.id,
             status="done",
@@ -166,18 +208,17 @@ class PartitionWorker:
             failures=(*reported, *features.broken_views),
         )
 
-    def _make_features(self, geometry: GeometryRecord) -> FeatureRecord:
+    def _make_features(self, geometry: GeometryRecord, load: ImageLoader, timeline: Timeline) -> FeatureRecord:
         started = time.perf_counter()
-        links = self.writer.read_arrays(geometry, LINK_ARRAYS)
-        parts = [SampleFeatures.of(geometry, position, links, self.spec) for position in range(len(geometry.samples))]
-        wanted = [(part, view) for part in parts for view in part.linked_views]
-        load = self._image_loaders(geometry)
-        tasks = [lambda p=part, v=view: self.vfm.prepare(load(p.info.id, v)()) for part, view in wanted]
+        with timeline.stage("read"):
+            links = self.writer.read_arrays(geometry, LINK_ARRAYS)
+        parts = [
+            SampleFeatures.of(geometry, i, links, self.spec, self.codec, timeline) for i in range(len(geometry.samples))
+        ]
         rows: list[EncodedRows] = []
         indices: list[NDArray[np.int32]] = []
         broken: list[BrokenView] = []
         images = base = 0
-        batch: list[tuple[SampleFeatures, str, NDArray[np.uint8]]] = []
         open_parts = deque(parts)
 
         def finish(upto: SampleFeatures | None) -> None:
@@ -189,72 +230,126 @@ class PartitionWorker:
                 indices.append(np.where(index >= 0, index + base, -1).astype(np.int32))
                 base += len(found.table)
 
-        for position, result in _ahead(tasks, depth=2 * self.batch_size):
-            part, view = wanted[position]
-            if isinstance(result, CacheError):
-                part.drop(view)
-                broken.append(BrokenView(sample=part.info.id, view=view, error=str(result)))
-            else:
-                batch.append((part, view, result))
-            if batch and (len(batch) == self.batch_size or position == len(wanted) - 1):
-                tokens = self.vfm.embed([image for _, _, image in batch])
-                for (of, name, _), grid in zip(batch, tokens, strict=True):
-                    of.put(name, grid)
-                images += len(batch)
-                finish(batch[-1][0])
-                batch.clear()
+        prepared = self._prepared(parts, load, broken, timeline)
+        with closing(prepared), closing(self._batcher.embed(prepared, timeline)) as embedded:
+            for (part, view), tokens in embedded:
+                finish(part)
+                part.put(view, tokens)
+                images += 1
         finish(None)
-        return self.writer.commit_features(
-            self.spec,
-            geometry,
-            concatenate_rows(rows),
-            np.concatenate(indices),
-            images=images,
-            broken_views=broken,
-            seconds=time.perf_counter() - started,
-        )
-
-    def _image_loaders(self, geometry: GeometryRecord) -> Callable[[str, str], Callable[[], NDArray[np.uint8]]]:
-        """Look up a view's image by sample and view; a sample is opened once, its points are not read."""
-        opened: dict[str, dict[str, Callable[[], NDArray[np.uint8]]]] = {}
-        errors: dict[str, DataError] = {}
-        there = False
-        for info in geometry.samples:
-            if not info.views:
-                continue
-            try:
-                opened[info.id] = {v.id: v.load_image for v in self.dataset.read(info.id).views}
-            except DataError as error:  # one scan of many
-                opened[info.id], errors[info.id] = {}, error
-            there = there or any(view.id in opened[info.id] for view in info.views)
-        if opened and not there:  # nothing to commit: a folder of images that was moved is not a damaged image
-            raise next(iter(errors.values()), None) or DataError(
-                f"partition {geometry.partition!r}: none of the views that its points were linked to is in the dataset "
-                "any more; put the images back, then run again"
+        with timeline.stage("encode"):
+            table = concatenate_rows(rows)
+        self._batcher.check()
+        self._claims.check(claim_of(self.spec, geometry.partition))
+        with timeline.stage("write"):
+            return self.writer.commit_features(
+                self.spec,
+                geometry,
+                table,
+                np.concatenate(indices),
+                images=images,
+                broken_views=broken,
+                seconds=time.perf_counter() - started,
             )
 
-        def find(sample: str, view: str) -> Callable[[], NDArray[np.uint8]]:
-            if view not in opened[sample]:
-                raise errors.get(sample) or DataError(
-                    f"view {view!r} of sample {sample!r} was linked, but the dataset no longer has it"
-                )
-            return opened[sample][view]
+    def _prepared(
+        self, parts: Sequence[SampleFeatures], load: ImageLoader, broken: list[BrokenView], timeline: Timeline
+    ) -> Generator[tuple[tuple[SampleFeatures, str], NDArray[np.uint8]], None, None]:
+        """The prepared images of all linked views, in order; those that cannot be read are dropped and recorded."""
 
-        return find
+        def prepare(part: SampleFeatures, view: str) -> NDArray[np.uint8]:
+            with timeline.stage("decode"):
+                image = load(part.info.id, view)()
+            with timeline.stage("resize"):
+                return self.vfm.prepare(image)
+
+        wanted = iter([(part, view) for part in parts for view in part.linked_views])
+        pending: deque[tuple[SampleFeatures, str, Future[NDArray[np.uint8]]]] = deque()
+        try:
+            while True:
+                while len(pending) < self._decode_ahead and (task := next(wanted, None)) is not None:
+                    pending.append((*task, self._decoders.submit(prepare, *task)))
+                if not pending:
+                    return
+                part, view, image = pending.popleft()
+                try:
+                    yield (part, view), image.result()
+                except CacheError as error:
+                    part.drop(view)
+                    broken.append(BrokenView(sample=part.info.id, view=view, error=str(error)))
+        finally:
+            for _, _, image in pending:
+                image.cancel()
+
+
+ImageLoader = Callable[[str, str], Callable[[], NDArray[np.uint8]]]
+"""From a sample and a view to what reads its image."""
+
+
+def _image_loaders(geometry: GeometryRecord, read: Callable[[str], Sample]) -> ImageLoader:
+    """Look up a view's image by sample and view; a sample is opened once, its points are not read.
+
+    Raises:
+        MismatchError: the dataset's calibration is not the one that the points were linked with.
+        DataError: none of the linked views is there any more.
+    """
+    opened: dict[str, dict[str, Callable[[], NDArray[np.uint8]]]] = {}
+    errors: dict[str, DataError] = {}
+    there = False
+    for position, info in enumerate(geometry.samples):
+        if not info.views:
+            continue
+        try:
+            sample = read(info.id)
+            check_source(geometry, position, sample)
+            opened[info.id] = {v.id: v.load_image for v in sample.views}
+        except DataError as error:  # one scan of many
+            opened[info.id], errors[info.id] = {}, error
+        there = there or any(view.id in opened[info.id] for view in info.views)
+    if opened and not there:  # nothing to commit: a folder of images that was moved is not a damaged image
+        raise next(iter(errors.values()), None) or DataError(
+            f"partition {geometry.partition!r}: none of the views that its points were linked to is in the dataset "
+            "any more; put the images back, then run again"
+        )
+
+    def find(sample: str, view: str) -> Callable[[], NDArray[np.uint8]]:
+        if view not in opened[sample]:
+            raise errors.get(sample) or DataError(
+                f"view {view!r} of sample {sample!r} was linked, but the dataset no longer has it"
+            )
+        return opened[sample][view]
+
+    return find
 
 
 def committed(
     writer: CacheWriter, spec: VFMSpec, partition: Partition, retry_incomplete: bool
 ) -> tuple[GeometryRecord | None, FeatureRecord | None]:
-    """What of a partition is there already and stays: its geometry, and its features made from that geometry."""
+    """What of a partition is there already and stays: its geometry, and its features made from that geometry.
+
+    Raises:
+        MismatchError: geometry that another version of the projection made.
+    """
     geometry, features = writer.geometry(partition.id), writer.features(spec, partition.id)
     if geometry is not None and not _same_samples(geometry, partition):
         geometry = None  # a download that has changed since: other scans fall into the partition
-    if geometry is None or (features is not None and features.geometry_digest != geometry.digest):
+    if features is not None and (
+        geometry is None or features.geometry_digest != geometry.digest or features.vfm_digest != spec.digest
+    ):
         features = None
     if retry_incomplete and any(r is not None and r.broken_views for r in (geometry, features)):
         return None, None
+    if geometry is not None and geometry.projection_version != spec.projection_version:
+        raise MismatchError(
+            f"cache {str(writer.paths.root)!r}: the links of partition {partition.id!r} were made by projection "
+            f"version {geometry.projection_version}, expected {spec.projection_version} of this ditr; use another --out"
+        )
     return geometry, features
+
+
+def claim_of(spec: VFMSpec, partition: str) -> str:
+    """Name of the claim on the features of a partition."""
+    return features_claim(spec.key, partition)
 
 
 def _same_samples(geometry: GeometryRecord, partition: Partition) -> bool:
@@ -273,116 +368,8 @@ def reused_summary(geometry: GeometryRecord, features: FeatureRecord) -> Partiti
     )
 
 
-def make_geometry(read: Callable[[str], Sample], partition: Partition, writer: CacheWriter) -> GeometryRecord:
-    """Read, sort, link and commit the geometry of one partition.
-
-    A sample that cannot be read is left out where the partition has others.
-
-    Raises:
-        DataError: no sample of the partition can be read.
-    """
-    started = time.perf_counter()
-    infos: list[SampleInfo] = []
-    clouds: list[dict[str, NDArray[Any]]] = []
-    links: list[Links] = []
-    broken: list[BrokenView] = []
-    base = 0
-    for sample_id in partition.sample_ids:
-        try:
-            info, cloud, sample_links, sample_broken = _link_sample(read(sample_id), writer.metadata.links)
-        except DataError as error:
-            if len(partition.sample_ids) == 1:
-                raise
-            broken.append(BrokenView(sample=sample_id, view="", error=str(error)))
-            continue
-        infos.append(info)
-        clouds.append(cloud)
-        links.extend(replace(x, point=x.point + np.uint32(base)) for x in sample_links)
-        broken.extend(sample_broken)
-        base += info.points
-    if not infos:
-        raise DataError(f"partition {partition.id!r}: none of its {len(partition.sample_ids)} samples can be read")
-    every = concatenate(links)
-    arrays = _concatenate_clouds(clouds)
-    arrays["offset"] = np.cumsum([i.points for i in infos], dtype=np.int64)
-    arrays |= {"link_point": every.point, "link_uv": every.uv, "link_depth": every.depth}
-    return writer.commit_geometry(
-        partition.id, infos, arrays, broken_views=broken, seconds=time.perf_counter() - started
-    )
-
-
-def _concatenate_clouds(clouds: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Point arrays of all samples, one after the other; scans without labels among others are unlabelled ones."""
-    names = [name for name in clouds[0] if all(name in c for c in clouds)]
-    names += [n for n in UNLABELLED if n not in names and any(n in c for c in clouds)]
-
-    def part(cloud: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
-        if name in cloud:
-            return cloud[name]
-        return np.full(len(cloud["coord"]), UNLABELLED[name], dtype=STORED_DTYPES[name])
-
-    return {name: np.concatenate([part(c, name) for c in clouds]) for name in names}
-
-
-def _link_sample(
-    sample: Sample, settings: LinkSettings
-) -> tuple[SampleInfo, dict[str, NDArray[Any]], list[Links], list[BrokenView]]:
-    points: Points = sample.load_points()
-    if not len(points.coord):
-        raise DataError(f"sample {sample.id!r} has no points")
-    order = morton_order(points.coord)
-    cloud: dict[str, NDArray[Any]] = {
-        "coord": points.coord[order].astype(np.float32),
-        "source_index": order.astype(np.uint32),
-    }
-    for name in OPTIONAL_POINT_ARRAYS:
-        array = getattr(points, name)
-        if array is not None:
-            cloud[name] = array[order].astype(STORED_DTYPES[name])
-    spacing = point_spacing(cloud["coord"])
-    broken = [BrokenView(sample=sample.id, view=view, error=error) for view, error in sample.broken_views]
-    infos: list[ViewInfo] = []
-    links: list[Links] = []
-    seen = np.zeros(len(order), dtype=bool)
-    for view in select_views(sample, settings):
-        try:
-            found = link_view(cloud["coord"], view, settings, spacing=spacing, order=order)
-        except DataError as error:
-            broken.append(BrokenView(sample=sample.id, view=view.id, error=str(error)))
-            continue
-        infos.append(ViewInfo(id=view.id, links=len(found.point)))
-        links.append(found)
-        seen[found.point] = True
-    if not seen.any():
-        usable = f"{len(infos)} usable views (of {len(sample.views)})"
-        why = f"{usable}: its {len(order)} points are kept with coverage 0"
-        if infos:
-            why = (
-                f"none of {len(order)} points is visible in any of its {usable}; are poses, depth units and depth "
-                "range right? kept with coverage 0"
-            )
-        broken.append(BrokenView(sample=sample.id, view="", error=why))
-    info = SampleInfo(
-        id=sample.id, split=sample.split, points=len(order), linked_points=int(seen.sum()), views=tuple(infos)
-    )
-    return info, cloud, links, broken
-
-
-def _ahead(tasks: Sequence[Callable[[], Any]], depth: int) -> Iterator[tuple[int, Any]]:
-    """Run tasks in threads, at most `depth` ahead of the consumer; yields (position, result or CacheError) in order."""
-    pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
-    try:
-        pending: deque[Future[Any]] = deque()
-        for position in range(len(tasks)):
-            while len(pending) < depth and position + len(pending) < len(tasks):
-                pending.append(pool.submit(tasks[position + len(pending)]))
-            try:
-                result = pending.popleft().result()
-            except CacheError as error:
-                result = error
-            yield position, result
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _busy(partition: Partition) -> PartitionSummary:
+    return PartitionSummary(partition=partition.id, status="busy")
 
 
 def _failed(partition: Partition, error: Exception, *, fatal: bool = False) -> PartitionSummary:

@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ditr_cache.codec_state import find_fitted
+from ditr_cache.codecs import needs_fit
 from ditr_cache.datasets.base import Dataset, Partition
 from ditr_cache.errors import DataError
 from ditr_cache.extract import ExtractRequest, resolve
-from ditr_cache.files import Paths, local_path
+from ditr_cache.files import Paths, location
+from ditr_cache.fitting import fitted_spec
+from ditr_cache.geometry_partition import make_geometry
 from ditr_cache.lift import TokenTable, fuse
 from ditr_cache.link import evenly_spread, select_views
-from ditr_cache.partition import PartitionWorker, committed, make_geometry
+from ditr_cache.partition import PartitionWorker, committed
 from ditr_cache.progress import human_bytes, human_count
-from ditr_cache.schema import CacheMetadata, GeometryRecord, VFMSpec
-from ditr_cache.store import LINK_ARRAYS, CacheWriter
+from ditr_cache.schema import LINK_ARRAYS, CacheMetadata, GeometryRecord, VFMSpec
+from ditr_cache.store import CacheWriter
 from ditr_cache.vfm import FrozenVFM
 
 PROBED_SAMPLES = 8
@@ -109,10 +113,11 @@ def _missing(
     request: ExtractRequest, metadata: CacheMetadata, wanted: list[Partition], spec: VFMSpec
 ) -> tuple[list[Partition], list[Partition]]:
     """Partitions without features, and those among them without geometry."""
-    if not Paths(local_path(request.settings.cache)).metadata.exists():
+    if not Paths(location(request.settings.cache)).metadata.exists():
         return wanted, wanted
     writer = CacheWriter(request.settings.cache)
     writer.check(metadata)
+    spec = find_fitted(writer.paths, spec) or spec
     missing, without_geometry = [], []
     for partition in wanted:
         geometry, features = committed(writer, spec, partition, request.settings.retry_incomplete)
@@ -161,13 +166,19 @@ def _probe(
             failure = error
     else:
         raise failure
-    views = max(1, PROBED_IMAGES // len(partition.sample_ids))
+    # Batches are of one size: fewer images than one would be timed as if it were full of them.
+    images = max(PROBED_IMAGES, request.settings.batch_size or (32 if vfm.device.type == "cuda" else 1))
+    views = max(1, images // len(partition.sample_ids))
     few = replace(metadata, links=replace(metadata.links, max_views=views))
-    CacheWriter.create(folder / "few", few)
+    writer = CacheWriter.create(folder / "few", few)
     # Of few views most points repeat the row of a neighbour, which compresses as the rows of all views will not:
     # fused by `last`, as in the layout `views`, every row is stored once, and tells what a row of its own takes.
     fuse_once = None if request.settings.layout == "views" else "last"
-    worker = PartitionWorker(replace(request.settings, cache=str(folder / "few"), fuse=fuse_once), vfm, dataset=dataset)
+    settings = replace(request.settings, cache=str(folder / "few"), fuse=fuse_once)
+    if needs_fit(settings.codec):
+        spec = settings.complete_spec(vfm.spec)
+        fitted_spec(writer, dataset, vfm, spec, splits=request.fit_splits, images=PROBED_IMAGES)
+    worker = PartitionWorker(settings, vfm, dataset=dataset)
     vfm.embed([np.zeros((*vfm.spec.image_size, 3), dtype=np.uint8)])  # the first pass is never a typical one
     worker(partition)
     features = worker.writer.features(worker.spec, partition.id)

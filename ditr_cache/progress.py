@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ditr_cache.schema import BrokenView
+from ditr_cache.timeline import STAGES, Span
 
 PLAIN_INTERVAL = 5.0
 """Seconds between plain lines, where there is no terminal."""
@@ -23,13 +25,16 @@ class PartitionSummary:
 
     Args:
         partition: its id.
-        status: `done` (features made), `reused` (already there) or `failed`.
+        status: `done` (features made), `reused` (already there), `failed`, or `busy` (another run is making them).
         geometry: `computed`, `reused`, or `none` where the partition failed before it.
         images: images embedded.
         points, valid_points: of the partition; points with a feature.
         bytes: written to the cache.
         failures: views and samples left out (view is empty for a whole sample).
         fatal: the storage failed; no further partition can be written.
+        process: which worker ran it; empty where none did.
+        stages: seconds spent in each of `timeline.STAGES`.
+        spans: the same one by one, where a profile is wanted.
     """
 
     partition: str
@@ -41,6 +46,9 @@ class PartitionSummary:
     bytes: int = 0
     failures: tuple[BrokenView, ...] = ()
     fatal: bool = False
+    process: str = ""
+    stages: Mapping[str, float] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass
@@ -56,6 +64,8 @@ class RunTotals:
     points_seen: int = 0
     bytes: int = 0
     failures: list[BrokenView] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    workers: set[str] = field(default_factory=set)
 
     def add(self, summary: PartitionSummary) -> None:
         """Count one finished partition."""
@@ -69,6 +79,10 @@ class RunTotals:
         if summary.status == "done":
             self.points += summary.points
         self.failures.extend(summary.failures)
+        for stage, seconds in summary.stages.items():
+            self.stages[stage] += seconds
+        if summary.process:
+            self.workers.add(summary.process)
 
     @property
     def seconds(self) -> float:
@@ -86,7 +100,10 @@ class RunTotals:
         return self.covered / self.points_seen if self.points_seen else 0.0
 
     def to_dict(self) -> dict[str, object]:
-        """The object that `--json` prints. Images, points and bytes are of this run, coverage is of all it met."""
+        """The object that `--json` prints. Images, points, bytes and stages are of this run, coverage is of all it met.
+
+        Stages are seconds of work, summed over threads and workers: together more than the seconds that passed.
+        """
         return {
             "partitions": dict(self.partitions),
             "geometry": dict(self.geometry),
@@ -95,6 +112,7 @@ class RunTotals:
             "coverage": round(self.coverage, 6),
             "seconds": round(self.seconds, 3),
             "bytes": self.bytes,
+            "stages": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
             "failures": [{"sample": f.sample, "view": f.view or None, "error": f.error} for f in self.failures],
         }
 

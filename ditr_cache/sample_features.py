@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ditr_cache.codecs import EncodedRows, concatenate_rows, encode
+from ditr_cache.codecs import Codec, EncodedRows, concatenate_rows
 from ditr_cache.lift import TokenTable, every_token, fuse
-from ditr_cache.schema import GeometryRecord, SampleInfo, VFMSpec
-from ditr_cache.store import LINK_ARRAYS
+from ditr_cache.schema import LINK_ARRAYS, GeometryRecord, SampleInfo, VFMSpec
+from ditr_cache.timeline import Timeline
 
 
 class SampleFeatures:
@@ -22,6 +22,8 @@ class SampleFeatures:
         info: what the geometry says of the sample.
         point, uv, depth: its links, points counted from the sample's first.
         spec: of the VFM.
+        codec: of the rows.
+        timeline: gets the time that each stage takes.
     """
 
     def __init__(
@@ -31,18 +33,29 @@ class SampleFeatures:
         uv: NDArray[np.uint16],
         depth: NDArray[np.float16],
         spec: VFMSpec,
+        codec: Codec,
+        timeline: Timeline,
     ) -> None:
         self.info, self._point, self._uv, self._depth, self._spec = info, point, uv, depth, spec
+        self._codec, self._timeline = codec, timeline
         self._position = {view.id: i for i, view in enumerate(info.views)}
         self._dropped: list[str] = []
         self._table: TokenTable | None = None
 
     @classmethod
-    def of(cls, geometry: GeometryRecord, position: int, links: Mapping[str, NDArray[Any]], spec: VFMSpec) -> Self:
+    def of(
+        cls,
+        geometry: GeometryRecord,
+        position: int,
+        links: Mapping[str, NDArray[Any]],
+        spec: VFMSpec,
+        codec: Codec,
+        timeline: Timeline,
+    ) -> Self:
         """The sample at that position of a geometry partition, of the arrays `LINK_ARRAYS` of the whole."""
         of, first = geometry.link_slice(position), geometry.point_slice(position).start
         point, uv, depth = (links[name][of] for name in LINK_ARRAYS)
-        return cls(geometry.samples[position], point - np.uint32(first), uv, depth, spec)
+        return cls(geometry.samples[position], point - np.uint32(first), uv, depth, spec, codec, timeline)
 
     @property
     def linked_views(self) -> list[str]:
@@ -51,7 +64,8 @@ class SampleFeatures:
 
     def put(self, view: str, tokens: torch.Tensor) -> None:
         """Fill in the tokens [rows, columns, C] of one view."""
-        self._tokens(tokens.device).put(self._position[view], tokens)
+        with self._timeline.stage("lift"):
+            self._tokens(tokens.device).put(self._position[view], tokens)
 
     def drop(self, view: str) -> None:
         """Forget the links of a view that could not be embedded."""
@@ -59,15 +73,20 @@ class SampleFeatures:
 
     def encoded(self, device: torch.device) -> tuple[EncodedRows, NDArray[np.int32]]:
         """Rows of T tokens as the codec stores them, and index [N] or, in the layout `views`, [L]; frees the tokens."""
-        table = self._tokens(device)
-        self._table = None
-        for view in self._dropped:
-            table.drop(self._position[view])
-        if self._spec.layout == "views":
-            blocks, index = every_token(table)
-        else:
-            blocks, index = fuse(table, self._point, self._depth, self.info.points, self._spec.fuse)
-        return concatenate_rows([encode(block, self._spec.codec) for block in blocks]), index
+        with self._timeline.stage("lift"):
+            table = self._tokens(device)
+            self._table = None
+            for view in self._dropped:
+                table.drop(self._position[view])
+            if self._spec.layout == "views":
+                blocks, index = every_token(table)
+            else:
+                blocks, index = fuse(table, self._point, self._depth, self.info.points, self._spec.fuse)
+        return concatenate_rows([self._encoded(block) for block in self._timeline.each("lift", blocks)]), index
+
+    def _encoded(self, block: NDArray[np.float32]) -> EncodedRows:
+        with self._timeline.stage("encode"):
+            return self._codec.encode(block)
 
     def _tokens(self, device: torch.device) -> TokenTable:
         if self._table is None:

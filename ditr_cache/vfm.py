@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,31 @@ def resolve_device(device: str) -> torch.device:
         raise DeviceError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N") from error
 
 
+class LaunchedPass:
+    """A forward pass that was started.
+
+    Args:
+        vfm: its name.
+        tokens: [B, rows, columns, C] float32 on the device, perhaps not there yet.
+        finite: [B] bool on the host, whether all tokens of an image are finite; perhaps not there yet.
+        done: when both are there; None: now.
+    """
+
+    def __init__(
+        self, vfm: str, tokens: torch.Tensor, finite: torch.Tensor, done: torch.cuda.Event | None = None
+    ) -> None:
+        self.tokens = tokens
+        self._vfm, self._finite, self._done = vfm, finite, done
+
+    def outcomes(self) -> list[torch.Tensor | DataError]:
+        """Tokens [rows, columns, C] of each image, or what is wrong with them; waits for them."""
+        if self._done is not None:
+            self._done.synchronize()
+        wrong = f"VFM {self._vfm!r}: tokens hold NaN or infinity; are the weights damaged?"
+        finite: list[bool] = self._finite.tolist()
+        return [grid if good else DataError(wrong) for grid, good in zip(self.tokens, finite, strict=True)]
+
+
 class FrozenVFM:
     """A vision foundation model, frozen, that turns images into grids of patch tokens.
 
@@ -144,6 +170,7 @@ class FrozenVFM:
         self._run = torch.compile(self._forward) if request.compile else self._forward
         self._mean = torch.tensor(self.spec.mean, device=self.device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(self.spec.std, device=self.device).view(1, 3, 1, 1) * 255
+        self._streams = threading.local()
 
     def prepare(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """An image [H, W, 3] uint8 resized to the network's size, [h, w, 3] uint8. Safe to call from threads.
@@ -156,22 +183,55 @@ class FrozenVFM:
         resample = Image.Resampling[self.spec.interpolation.upper()]
         return np.asarray(Image.fromarray(image).resize((width, height), resample))
 
-    @torch.inference_mode()
     def embed(self, images: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
         """Tokens [B, rows, columns, C] float32 on the device, of images that `prepare` returned.
 
         Raises:
             DataError: tokens that are not finite.
         """
-        pixels = torch.from_numpy(np.stack(images)).to(self.device, non_blocking=True)
-        pixels = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
-        tokens = self._run(pixels).float().permute(0, 2, 3, 1).contiguous()
-        expected = (len(images), *self.spec.grid, self.spec.dim)
-        if tuple(tokens.shape) != expected:
-            raise DataError(f"VFM {self.spec.name!r}: expected tokens {list(expected)}, got {list(tokens.shape)}")
-        if not bool(torch.isfinite(tokens).all()):
-            raise DataError(f"VFM {self.spec.name!r}: tokens hold NaN or infinity; are the weights damaged?")
-        return tokens
+        launched = self.launch(images)
+        for outcome in launched.outcomes():
+            if isinstance(outcome, DataError):
+                raise outcome
+        return launched.tokens
+
+    @torch.inference_mode()
+    def launch(self, images: Sequence[NDArray[np.uint8]]) -> LaunchedPass:
+        """Start the forward pass of images that `prepare` returned; on a GPU it goes on after this call.
+
+        Raises:
+            DataError: tokens of another shape than the spec says.
+        """
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
+            # From page-locked memory the copy goes on beside the pass that is running; torch keeps it until it is done.
+            staged = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=on_gpu)
+            np.stack(images, out=staged.numpy())
+            pixels = staged.to(self.device, non_blocking=True)
+            pixels = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
+            tokens = self._run(pixels).float().permute(0, 2, 3, 1).contiguous()
+            expected = (len(images), *self.spec.grid, self.spec.dim)
+            if tuple(tokens.shape) != expected:
+                raise DataError(f"VFM {self.spec.name!r}: expected tokens {list(expected)}, got {list(tokens.shape)}")
+            finite = torch.isfinite(tokens).flatten(1).all(dim=1)
+            if not on_gpu:
+                return LaunchedPass(self.spec.name, tokens, finite)
+            # Asking the device would also wait for passes that are launched after this one.
+            told = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+            return LaunchedPass(self.spec.name, tokens, told, done)
+
+    @contextlib.contextmanager
+    def stream_of_thread(self) -> Iterator[None]:
+        """On a GPU, a stream for the calling thread: what it does there does not queue up behind forward passes."""
+        if self.device.type != "cuda":
+            yield
+            return
+        if not hasattr(self._streams, "stream"):  # one a thread, whose memory is used again
+            self._streams.stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._streams.stream):
+            yield
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
         amp = torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()

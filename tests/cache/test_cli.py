@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,15 @@ from ditr_cache.synthesize import RoomsSettings
 from support import Run
 
 FLAGS = {
-    "extract": "--dataset --root --out --split --vfm --checkpoint --image-size --every-nth-frame --max-views "
-    "--layout --fuse --codec --device --workers --scheduler --limit --retry-incomplete --dry-run --json",
+    "extract": "--dataset --root --out --split --vfm --checkpoint --image-size --every-nth-frame --max-views --layout "
+    "--fuse --codec --fit-split --device --workers --scheduler --limit --retry-incomplete --dry-run --profile --json",
     "info": "CACHE --json",
     "verify": "CACHE --repair --json",
     "show": "CACHE SAMPLE -o --vfm",
+    "du": "CACHE --json",
+    "rm": "CACHE --vfm --yes --json",
+    "copy": "SOURCE TARGET --vfm --codec --json",
+    "compare": "CACHE_A CACHE_B --vfm-a --vfm-b --split --points --json",
     "synthesize": "--scenes --seed --point-spacing",
 }
 
@@ -128,6 +133,7 @@ def check_totals(totals: dict[str, Any]) -> None:
         "coverage",
         "seconds",
         "bytes",
+        "stages",
         "failures",
     }
     assert set(totals["partitions"]) == {"done", "reused", "failed"}
@@ -137,6 +143,8 @@ def check_totals(totals: dict[str, Any]) -> None:
     assert all(type(totals[name]) is int for name in ("images", "points", "bytes"))
     assert isinstance(totals["coverage"], float) and 0 <= totals["coverage"] <= 1
     assert isinstance(totals["seconds"], float) and totals["seconds"] >= 0
+    assert list(totals["stages"]) == ["read", "link", "decode", "resize", "forward", "lift", "encode", "write"]
+    assert all(isinstance(seconds, float) and seconds >= 0 for seconds in totals["stages"].values())
     for failure in totals["failures"]:
         assert set(failure) == {"sample", "view", "error"}
         assert isinstance(failure["sample"], str) and isinstance(failure["error"], str)
@@ -195,11 +203,15 @@ def test_stopped_by_the_user_exits_1_and_goes_on_later(
     run: Run, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = PartitionWorker.__call__
+    others = Semaphore(0)
 
     def stop_at_the_last(self: PartitionWorker, partition: Any) -> Any:
         if partition.id == "scene0001_00":  # of the split val, which comes after train
+            assert others.acquire(timeout=60) and others.acquire(timeout=60)
             raise KeyboardInterrupt
-        return whole(self, partition)
+        summary = whole(self, partition)
+        others.release()
+        return summary
 
     arguments = (*arguments, "--out", tmp_path / "cache", "--json")
     with monkeypatch.context() as patch:

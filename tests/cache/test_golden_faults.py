@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ditr_cache import lift, link, partition, store
+from ditr_cache import files, geometry_partition, lift, link, partition, store
 from ditr_cache.errors import CorruptCacheError, MismatchError
 from ditr_cache.geometry import patch_index
 from ditr_cache.schema import LinkSettings
@@ -181,7 +181,7 @@ def test_infinite_poses(bed, position_vfm, tmp_path, monkeypatch, planted):
     views = bed.right_views()
     views = (replace(views[0], id="lost", camera_from_world=lost), *views)
     if planted:  # a selection that lets them through: the view is refused by name, and its points stay right
-        monkeypatch.setattr(partition, "select_views", lambda sample, settings: list(sample.views))
+        monkeypatch.setattr(geometry_partition, "select_views", lambda sample, settings: list(sample.views))
     result = bed.run(tmp_path / "cache", position_vfm, views)
     assert bed.check(result.sample).right
     assert [f.view for f in result.summary.failures] == (["lost"] if planted else [])
@@ -247,12 +247,12 @@ def test_features_of_another_model_of_the_same_shape(bed, finished, position_che
     assert bed.check(reader.read("scene", mine)).right
     folders = [reader.paths.features(k) for k in (mine, wrong)]
     if fault == "folder":
-        store.remove_folder(folders[0])
+        files.remove_group(folders[0])
         folders[1].rename(folders[0])
         with pytest.raises(MismatchError, match="renamed or altered"):
             open_cache(finished.cache)
     else:
-        store.remove_folder(folders[0] / "scene.zarr")
+        files.remove_group(folders[0] / "scene.zarr")
         for name in ("scene.zarr", "scene.json"):
             (folders[1] / name).rename(folders[0] / name)
         with pytest.raises(MismatchError, match="another VFM"):

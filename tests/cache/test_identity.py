@@ -28,6 +28,7 @@ CHANGES = {
     "layout": "views",
     "fuse": "last",
     "codec": "int8",
+    "codec_digest": "1" * 64,
     "projection_version": schema.PROJECTION_VERSION + 1,
 }
 
@@ -46,7 +47,9 @@ def test_each_part_of_the_identity_changes_the_key(make_spec, field):
 
 
 def test_every_field_but_the_name_is_part_of_the_identity(make_spec):
-    assert {f.name for f in dataclasses.fields(VFMSpec)} == {"name", *CHANGES}
+    """And what follows from the rest."""
+    assert {f.name for f in dataclasses.fields(VFMSpec)} == {"name", "explained_variance", *CHANGES}
+    assert make_spec(explained_variance=0.5).digest == make_spec().digest
     renamed = make_spec(name="mine")
     assert renamed.digest == make_spec().digest and renamed.key == f"mine-{renamed.digest[:8]}"
 
