@@ -78,12 +78,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stand_in(command: str, place: Path) -> list[str]:
     """The command on the small data: paths, weights and sizes replaced, everything else as the README has it."""
+    extracts = command.startswith("ditr-cache extract")
     for name, model in (("dinov2-large", "test_vit"), ("dinov3-large", "test_efficientnet")):
-        command = command.replace(f"--vfm {name}", f"--vfm {model} --checkpoint {place / model}.pt --image-size 48x64")
+        weights = f" --checkpoint {place / model}.pt --image-size 48x64" if extracts else ""
+        command = re.sub(rf"(--vfm(-[ab])?) {name}", rf"\1 {model}{weights}", command)
     command = command.replace("--vfm efficientnet-lite0", "--vfm efficientnet-lite0 --image-size 48x64")
     for text, there in (("/data/", ""), ("runs/", "runs/"), ("room.png", "r.png"), ("overlay.png", "o.png")):
         command = command.replace(text, f"{place}/{there}")
-    if command.startswith("ditr-cache extract"):
+    if extracts:
         command += " --workers 0"
     if command.startswith(("ditr-train run", "ditr-train sweep")):
         reads_features = re.search("scannet/(inject|distill)", command) is not None
