@@ -151,11 +151,24 @@ class ArrayGroup:
             raise UsageError(f"{self.where}/{name}: expected the positions of rows to ascend strictly")
         return self._guarded(name, lambda stored: stored.take(rows))
 
-    def _opened(self, name: str) -> StoredArray:
-        with self._opens.opened(f"{name}/zarr.json") as file:
+    def check(self) -> None:
+        """Raise `CorruptCacheError` where the group's own `zarr.json` is damaged, which only other readers need."""
+        try:
+            document = self._document("zarr.json")
+            whole = document["node_type"] == "group" and document["zarr_format"] == 3
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise CorruptCacheError(f"{self.where}/zarr.json: cannot be read ({error})") from error
+        if not whole:
+            raise CorruptCacheError(f"{self.where}/zarr.json: was altered; run `ditr-cache verify --repair`")
+
+    def _document(self, name: str) -> Any:
+        with self._opens.opened(name) as file:
             if file is None or file.size > MAX_METADATA_BYTES:
                 raise ValueError(f"expected a zarr.json of at most {MAX_METADATA_BYTES} bytes, found none such")
-            document = json.loads(file.read(0, file.size))
+            return json.loads(file.read(0, file.size))
+
+    def _opened(self, name: str) -> StoredArray:
+        document = self._document(f"{name}/zarr.json")
         where, sums = f"{self.where}/{name}", self._sums.get(name)
         return StoredArray(name, document, self.infos[name], self._opens, where, sums)
 

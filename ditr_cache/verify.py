@@ -176,6 +176,7 @@ def verified_arrays(
             raise MissingDataError(str(error)) from error
         raise
     group = open_group(paths, folder, record, whole=True)
+    group.check()
     for name, info in record.arrays.items():
         array = group.read(name)
         if array_digest(array) != info.sha256:

@@ -1,7 +1,7 @@
 """kill -9 at any moment: what was committed stays right, and the same command completes the rest.
 
-The runs are forked off a process that has imported everything, so that a run takes the time of its work alone. Run as
-a script, this file is that process: it kills run after run and prints what it saw as JSON.
+Run as a script, this file is the process that forks off runs (see `forked_runs`): it kills run after run and prints
+what it saw as JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,68 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditr_cache import cli, open_cache
+from ditr_cache import cli
 from ditr_cache.synthesize import RoomsSettings, synthesize
 from ditr_cache.verify import verify
+from forked_runs import check_after_kill, extraction, import_everything, in_child, run_to_the_end, temporaries, wait
 from support import assert_same
 
 KILLS = 20
 SCENES = 6
 
 
-# --- one cache, looked at -------------------------------------------------------------------------------------------
-
-
-def temporaries(cache: Path) -> list[str]:
-    return [str(p) for p in cache.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
-
-
-def check_after_kill(cache: Path) -> dict[str, int]:
-    """Every partition that a reader sees is whole and right. Returns what there is."""
-    if not (cache / "cache.json").exists():
-        return {"partitions": 0, "temporaries": len(temporaries(cache))}
-    reader = open_cache(cache)
-    for key in reader.vfms:
-        for sample in reader.samples_with(key):
-            read = reader.read(sample, vfm=key)
-            assert read.feature is not None and np.isfinite(read.feature).all()
-    # Features whose geometry is being made again wait for it unseen; everything that is seen is right.
-    seen = [f"geometry/{p}" for p in reader.geometry]
-    seen += [f"features/{k}/{p}" for k in reader.vfms for p in reader.geometry]
-    report = verify(cache)
-    waiting = {e for e in report.missing if e not in seen and e.startswith("features/") and not e.endswith("vfm.json")}
-    assert report.reasons.keys() == waiting, report.reasons
-    return {"partitions": len(reader.geometry), "temporaries": len(temporaries(cache))}
-
-
 # --- the process that forks -----------------------------------------------------------------------------------------
-
-
-def in_child(task: Callable[[], None]) -> int:
-    """Fork; the process id of the child, which runs `task` and exits 0, or 3 with a traceback where it raises."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 3
-    try:
-        task()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(pid: int) -> int:
-    """Exit code of a child, negative where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def run_to_the_end(task: Callable[[], None]) -> None:
-    code = wait(in_child(task))
-    if code:
-        raise RuntimeError(f"a child ended with {code}")
 
 
 def looked_at(cache: Path, notes: Path, then: Callable[[], None] = lambda: None) -> dict[str, int]:
@@ -109,27 +57,14 @@ class Killer:
         self.folder, self.checkpoint, self.layout = folder, checkpoint, layout
 
     def extract(self, cache: str, scenes: int = SCENES, retry_incomplete: bool = False) -> Callable[[], None]:
-        from ditr_cache.extract import ExtractRequest, extract
-        from ditr_cache.partition import ExtractSettings
-        from ditr_cache.vfm import VFMRequest
-
-        vfm = VFMRequest(name="test_vit", checkpoint=str(self.checkpoint), image_size=(32, 48), device="cpu")
-        settings = ExtractSettings(
-            dataset="rooms",
-            root=str(self.folder / "rooms"),
-            cache=str(self.folder / cache),
-            vfm=vfm,
+        return extraction(
+            self.folder / "rooms",
+            self.folder / cache,
+            self.checkpoint,
             layout=self.layout,
+            limit=scenes,
             retry_incomplete=retry_incomplete,
         )
-        request = ExtractRequest(settings=settings, workers=0, limit=scenes)
-
-        def task() -> None:
-            totals = extract(request, quiet=True)
-            if totals.partitions["failed"]:
-                raise RuntimeError(f"failures: {totals.failures}")
-
-        return task
 
     def at_random_moments(self) -> dict[str, Any]:
         """Kill runs `KILLS` times, each continuing what the one before left; a completed cache is compared."""
@@ -218,18 +153,7 @@ def die_before_step(step: int, task: Callable[[], None]) -> None:
 
 
 def main(folder: Path, checkpoint: Path, mode: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    from ditr_cache.torchvision_compat import declare_missing_operators
-
-    declare_missing_operators()
-    import timm
-
-    import ditr_cache.datasets.scannet.dataset
-    import ditr_cache.extract  # noqa: F401  so that children need not
-
-    timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
+    import_everything()
     killer = Killer(folder, checkpoint, "views" if mode == "views" else "fused")
     if mode == "random":
         print(json.dumps(killer.at_random_moments()))
@@ -279,13 +203,13 @@ import time
 import ditr_cache.store as store
 
 if not hasattr(store, "at_full_speed"):  # dask may load this twice
-    store.at_full_speed = store._write_arrays
+    store.at_full_speed = store.write_arrays
 
 def slow(*arguments):
     time.sleep(0.25)
     return store.at_full_speed(*arguments)
 
-store._write_arrays = slow
+store.write_arrays = slow
 """
 
 
