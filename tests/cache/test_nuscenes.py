@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from dataset_runs import Extracted, run_dataset
+from ditr_cache.arrays import SHARD_BYTES
 from ditr_cache.datasets import open_dataset
 from ditr_cache.datasets.base import partitions
 from ditr_cache.datasets.images import read_color
@@ -33,7 +34,7 @@ from ditr_cache.link import link_view
 from ditr_cache.partition import ExtractSettings
 from ditr_cache.sample import Sample
 from ditr_cache.schema import IGNORE_INDEX
-from ditr_cache.store import SHARD_BYTES, open_cache
+from ditr_cache.store import open_cache
 from ditr_cache.vfm import VFMRequest
 from ditr_train.benchmark_labels import NUSCENES
 from ditr_train.submission import BENCHMARKS
