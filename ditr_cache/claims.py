@@ -153,6 +153,9 @@ class Claims:
         while True:
             time.sleep(BEAT_SECONDS)
             with self._lock:
+                if not self._held:  # the next claim starts another thread
+                    self._beating = None
+                    return
                 for name, beat in self._held.items():
                     try:
                         _replace(self._path(name), self._content(beat), self._content(beat + 1))

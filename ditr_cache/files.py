@@ -88,7 +88,8 @@ def damages(error: OSError) -> bool:
     What is damaged may be taken back and made again. Files that may not be opened, too many of them, or a server that
     is away are no reason for that.
     """
-    return error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
+    damaged = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EIO)  # or no file
+    return error.errno in damaged
 
 
 def sync(path: Path) -> None:

@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 
 import ditr_cache.files
-import ditr_cache.store
-from ditr_cache import open_cache
+from ditr_cache import arrays, open_cache
 from ditr_cache.datasets.ply import read_ply, write_ply
 from ditr_cache.verify import verify
 from support import Outcome, Run
@@ -210,7 +209,7 @@ def written_calls(monkeypatch: pytest.MonkeyPatch, fail_at: int) -> list[int]:
 
         return wrapper
 
-    monkeypatch.setattr(ditr_cache.store, "_write_array", counted(ditr_cache.store._write_array))
+    monkeypatch.setattr(arrays, "_write_array", counted(arrays._write_array))
     monkeypatch.setattr(ditr_cache.store.os, "fsync", counted(ditr_cache.store.os.fsync))
     return calls
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ditr_cache import in_process, partition
+from ditr_cache import geometry_partition, in_process, partition
 from ditr_cache.batcher import Stopped
 from ditr_cache.datasets.base import Partition
 from ditr_cache.errors import StorageError
@@ -228,7 +228,7 @@ def test_interrupted_it_ends_at_the_next_view_or_batch(
 
         return call
 
-    owner: Any = partition if where == "link_view" else CacheWriter
+    owner: Any = geometry_partition if where == "link_view" else CacheWriter
     monkeypatch.setattr(owner, where, slow(getattr(owner, where)))
 
     def interrupt(*arguments: Any, **named: Any) -> Any:

@@ -115,8 +115,7 @@ def _kill_workers(pid: int, trace: Trace, cache: Path, row: Row, budget: int, rn
             row.trials += 1
             present = committed(cache)[1]
             own = {(e, p) for e, p, n in trace.events() if n == victim and p not in present}
-            row.redone = max(row.redone or 0, sum(e == "embedded" for e, _ in own))
-            row.begun = max(row.begun or 0, sum(e == "begun" for e, _ in own))
+            row.cost(*(sum(event == kind for event, _ in own) for kind in ("embedded", "begun")))
             row.harmless += 1
     return None
 

@@ -120,8 +120,13 @@ def completed(cache: Path, truth: Truth) -> list[str]:
     return [*differing, *(f"left over: {path}" for path in temporaries(cache))]
 
 
-def kill_single(bench: Bench, combination: tuple[str, str], kills: int, rng: np.random.Generator) -> Row:
-    """Kill runs in one process, at moments spread over all of a run, each going on where the one before ended."""
+def kill_single(
+    bench: Bench, combination: tuple[str, str], kills: int, rng: np.random.Generator, latest: float = 0.9
+) -> Row:
+    """Kill runs in one process, each going on where the one before ended.
+
+    Moments are spread evenly over the first `latest` of the time that a whole run takes.
+    """
     row = Row(f"kill, one process, {combination[0]}, {combination[1]}", redone=0, begun=0)
     clean = f"clean-{combination[0]}-{combination[1]}"
     seconds = bench.clean(clean, combination)
@@ -133,11 +138,11 @@ def kill_single(bench: Bench, combination: tuple[str, str], kills: int, rng: np.
         if row.trials >= kills:
             code = wait(in_child(traced(bench.run(cache, combination), trace.path)))
         else:
-            before = len(trace.events())
+            before, started = len(trace.events()), time.monotonic()
             pid = in_child(traced(bench.run(cache, combination), trace.path))
-            time.sleep(float(rng.uniform(0.02, 0.85)) * seconds)
-            os.kill(pid, signal.SIGKILL)
-            code = wait(pid)
+            code = killed_after(pid, float(rng.uniform(0.02, latest)) * seconds)
+            if code == 0:  # a machine that has less to do than at first
+                seconds = min(seconds, time.monotonic() - started)
         if code == 0:
             finish(bench, row, where, truth)
             number, left = number + 1, None
@@ -151,6 +156,18 @@ def kill_single(bench: Bench, combination: tuple[str, str], kills: int, rng: np.
         read = truth if row.trials % 10 == 0 else None
         count_kill(bench, row, where, bench.folder / clean, read, trace, before)
     return row
+
+
+def killed_after(pid: int, seconds: float) -> int:
+    """Kill a child when it has run for so long; its exit code, 0 where it was quicker."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    return wait(pid)
 
 
 def traced(task: Callable[[], None], trace: Path) -> Callable[[], None]:
@@ -175,7 +192,7 @@ def count_kill(
         row.trouble.append(f"{cache.name}, kill {row.trials}: verify tells of damage")
     lost, begun = trace.lost(before, set(found["features"]))
     linked, _ = trace.lost(before, set(found["geometry"]), features=False)
-    row.redone, row.begun = max(row.redone or 0, lost, linked), max(row.begun or 0, begun)
+    row.cost(max(lost, linked), begun)
 
 
 def finish(bench: Bench, row: Row, cache: Path, truth: Truth) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ditr_cache.errors import UsageError
-from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo, VFMSpec
+from ditr_cache.schema import CacheMetadata, LinkSettings, SampleInfo, VFMSpec, ViewInfo
 from ditr_cache.store import CacheWriter, open_cache
 from ditr_train.benchmark_labels import NUSCENES, SCANNET, SCANNET200, SEMANTICKITTI
 from ditr_train.data.dataset import CachedDataset
@@ -80,7 +80,8 @@ def dataset_cache(root: Path, dataset: str, classes: Sequence[str], splits: Sequ
             arrays["color"] = rng.integers(0, 256, (n, 3), dtype=np.uint8)
             arrays["normal"] = (coord / np.linalg.norm(coord, axis=1, keepdims=True)).astype(np.float16)
         sample = f"{dataset}{i}"
-        info = SampleInfo(id=sample, split=split, points=n, linked_points=int(seen.sum()), views=())
+        view = ViewInfo(id="0", links=int(seen.sum()))
+        info = SampleInfo(id=sample, split=split, points=n, linked_points=int(seen.sum()), views=(view,))
         record = writer.commit_geometry(sample, [info], arrays)
         index = np.where(seen, np.cumsum(seen) - 1, -1).astype(np.int32)
         rows = rng.normal(size=(int(seen.sum()), spec.dim)).astype(np.float32)
