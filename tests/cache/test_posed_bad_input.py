@@ -419,7 +419,7 @@ def test_labels_of_other_types(root):
     np.save(root / "a" / "labels.npy", np.array([["x"]] * COUNT))
     refused(root, "labels.npy", "expected numbers [60], got <U1")
     np.save(root / "a" / "labels.npy", np.array([None] * COUNT), allow_pickle=True)
-    refused(root, "labels.npy", "cannot be read as numbers")
+    refused(root, "labels.npy", "not a readable array of NumPy")
     (root / "a" / "labels.npy").unlink()
     labels = np.arange(COUNT) % 2 + 0.0
     labels[0], labels[1] = np.nan, 7
