@@ -353,7 +353,7 @@ def test_a_client_that_stops_leaves_the_workers_clean(
     settings: ExtractSettings, clean: Path, address: Address, tmp_path: Path, how: signal.Signals
 ) -> None:
     """Alive, without plugin, VFM or partition; what was committed stays, and the next run goes on from there."""
-    file, starts = preload(tmp_path, seconds=0.3)
+    file, starts = preload(tmp_path, seconds=1.0)
     worker = address.add_worker(*STOCK, "--preload", file)
     command = [str(Path(sys.executable).with_name("ditr-cache")), "extract", "--dataset", "rooms"]
     command += ["--root", settings.root]
