@@ -33,6 +33,10 @@ STALE_SECONDS = 60.0
 """After so long without a beat a claim of another host is free."""
 
 
+POLL_SECONDS = 2.0
+"""How often who waits for a claim of another run looks for it."""
+
+
 def new_run() -> str:
     """A name for a run that no other has."""
     return uuid.uuid4().hex

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ditr_cache.claims import Claims
+from ditr_cache.claims import POLL_SECONDS, Claims, features_claim, geometry_claim
 from ditr_cache.codec_state import find_fitted
 from ditr_cache.codecs import needs_fit
 from ditr_cache.datasets.base import Dataset, Partition, changed_options, open_dataset, partitions
@@ -19,7 +19,7 @@ from ditr_cache.executors import run_on_dask
 from ditr_cache.files import Paths, location, read_document, remove_leftovers
 from ditr_cache.fitting import fitted_spec
 from ditr_cache.in_process import run_here
-from ditr_cache.partition import ExtractSettings, PartitionWorker, claim_of, committed, reused_summary
+from ditr_cache.partition import ExtractSettings, PartitionWorker, committed, reused_summary
 from ditr_cache.progress import PartitionSummary, ProgressDisplay, RunTotals
 from ditr_cache.schema import OCCLUSION, CacheMetadata, FeatureRecord, GeometryRecord, VFMSpec
 from ditr_cache.store import CacheWriter
@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 
 LOOKING = 16
 """Partitions that are looked for at the same time."""
-
-POLL_SECONDS = 2.0
-"""How often partitions that another run is making are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +188,7 @@ def _rounds(
                 geometry, features = committed(writer, spec, partition, request.settings.retry_incomplete)
                 if geometry is not None and features is not None:
                     yield reused_summary(geometry, features)
-                elif claims.is_free(claim_of(spec, partition.id)) and claims.is_free(f"geometry/{partition.id}"):
+                elif all(map(claims.is_free, (features_claim(spec.key, partition.id), geometry_claim(partition.id)))):
                     free.append(partition)
                 else:
                     continue

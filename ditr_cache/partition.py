@@ -155,7 +155,7 @@ class PartitionWorker:
         """
         timeline = Timeline(keep_spans=self.settings.profile)
         try:
-            with self._claims.hold(claim_of(self.spec, partition.id)) as mine:
+            with self._claims.hold(features_claim(self.spec.key, partition.id)) as mine:
                 summary = self._extract(partition, timeline) if mine else _busy(partition)
         except Stopped:
             raise
@@ -240,7 +240,7 @@ class PartitionWorker:
         with timeline.stage("encode"):
             table = concatenate_rows(rows)
         self._batcher.check()
-        self._claims.check(claim_of(self.spec, geometry.partition))
+        self._claims.check(features_claim(self.spec.key, geometry.partition))
         with timeline.stage("write"):
             return self.writer.commit_features(
                 self.spec,
@@ -345,11 +345,6 @@ def committed(
             f"version {geometry.projection_version}, expected {spec.projection_version} of this ditr; use another --out"
         )
     return geometry, features
-
-
-def claim_of(spec: VFMSpec, partition: str) -> str:
-    """Name of the claim on the features of a partition."""
-    return features_claim(spec.key, partition)
 
 
 def _same_samples(geometry: GeometryRecord, partition: Partition) -> bool:

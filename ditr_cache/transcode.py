@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.claims import Claims, features_claim, geometry_claim, new_run
+from ditr_cache.claims import POLL_SECONDS, Claims, features_claim, geometry_claim, new_run
 from ditr_cache.codec_state import codec_spec, find_fitted, read_codec
 from ditr_cache.codecs import Codec, EncodedRows, check_codec, concatenate_rows, make_codec, needs_fit
 from ditr_cache.errors import CorruptCacheError, DataError, MismatchError, UsageError
@@ -31,9 +31,6 @@ log = logging.getLogger(__name__)
 
 FIT_SAMPLES = 1024
 """Most samples that they are taken from: 64 rows of each."""
-
-POLL_SECONDS = 2.0
-"""How often partitions that another run is making are looked for."""
 
 BLOCK_VALUES = 1 << 23
 """Values that are decoded and encoded at once: 32 MiB as float32."""

@@ -108,14 +108,14 @@ class FullSamples:
             points, inverse = points.take(voxels.pick), voxels.inverse
         return FullSample(
             points=replace(points, segment=None, row=None),
-            features=_rows(stored, points),
+            features=_rows(stored, points, self.dataset.decoder),
             inverse=inverse,
             segment=segment,
             source_index=stored.source_index,
         )
 
 
-def _rows(stored: StoredSample, points: PointSample) -> FeatureRows | None:
+def _rows(stored: StoredSample, points: PointSample, decoder: RowDecoder) -> FeatureRows | None:
     if stored.features is None or points.row is None:
         return None
     used, row = used_rows(points.row, stored.features.rows)
@@ -123,7 +123,7 @@ def _rows(stored: StoredSample, points: PointSample) -> FeatureRows | None:
     return FeatureRows(
         table=torch.from_numpy(rows.table),
         scale=None if rows.scale is None else torch.from_numpy(rows.scale),
-        decoder=RowDecoder.of(stored.features.codec),
+        decoder=decoder,
         index=torch.from_numpy(row),
     )
 

@@ -130,7 +130,7 @@ class CachedDataset:
         self.ids: list[str] = some_of(cache.split_ids(split), fraction, fraction_seed)
         """Ids of the samples, sorted."""
         self.vfm: VFMSpec | None = None if vfm is None else cache.resolve_vfm(vfm)
-        self._decoder = RowDecoder() if self.vfm is None else RowDecoder.of(cache.codec(self.vfm))
+        self.decoder = RowDecoder() if self.vfm is None else RowDecoder.of(cache.codec(self.vfm))
         self.class_names, self.class_groups = cache.metadata.class_names, cache.metadata.class_groups
         self._check_classes(class_names)
         self._check_arrays()
@@ -234,7 +234,7 @@ class CachedDataset:
             )
         used, row = used_rows(points.row, stored.features.rows)
         rows = stored.features.take(used)  # only now: what a crop leaves out is not read
-        return replace(sample, table=rows.table, scale=rows.scale, row=row, decoder=self._decoder)
+        return replace(sample, table=rows.table, scale=rows.scale, row=row, decoder=self.decoder)
 
     def _check_classes(self, expected: Sequence[str] | None) -> None:
         have, root = list(self.class_names), str(self.cache.paths.root)
