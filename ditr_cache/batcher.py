@@ -1,4 +1,4 @@
-"""One thread runs the VFM, on batches that several partitions fill together.
+"""One thread launches the VFM, on batches that several partitions fill together; another waits for their tokens.
 
 Every batch has the same size; the last images of all are padded. So the same kernels run for every batch, tokens of an
 image do not depend on what else is in its batch, and torch.compile compiles once.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +22,9 @@ from ditr_cache.errors import DataError
 from ditr_cache.timeline import Timeline
 
 K = TypeVar("K")
+
+POLL = 0.2
+"""Seconds after which one who waits for a turn looks whether the run ends."""
 
 
 class Stopped(Exception):  # noqa: N818  nobody's error
@@ -46,9 +50,10 @@ class Batcher:
 
     A batch runs as soon as it is full, or as soon as no partition can add to it. Images of the partition that began
     first go first, so that partitions end one after the other: one is lifted and written while the next is embedded.
+    The last image of the next is held back until the one before is committed, see `turn`.
 
     Args:
-        vfm: used by one thread alone.
+        vfm: launched by one thread alone.
         batch_size: images per forward pass.
         ahead: batches that are launched before the one before them has ended: 1 where `launch` returns before the
             device is done, so that the device always has its next batch; else 0.
@@ -61,14 +66,29 @@ class Batcher:
         self._most = batch_size * (2 + ahead)
         self._lock = threading.Lock()
         self._feeds: list[_Feed] = []
-        self._busy = False
+        self._running = 0
         self._stopped = False
         self._last_end = 0
-        # Its thread ends when this object is let go of, or with the interpreter.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self._turn = threading.Lock()
+        # Their threads end when this object is let go of, or with the interpreter. A thread that waits for the device
+        # cannot see that the next batch has become full.
+        self._launcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="launch")
+        self._completer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+
+    @contextmanager
+    def turn(self) -> Iterator[Turn]:
+        """What a partition holds from its last image to its commit, where this context ends.
+
+        So at most one partition is embedded and not committed, whenever the process is killed.
+        """
+        turn = Turn(self, self._turn)
+        try:
+            yield turn
+        finally:
+            turn.leave()
 
     def embed(
-        self, images: Iterable[tuple[K, NDArray[np.uint8]]], timeline: Timeline
+        self, images: Iterable[tuple[K, NDArray[np.uint8]]], timeline: Timeline, turn: Turn
     ) -> Generator[tuple[K, torch.Tensor], None, None]:
         """Tokens [rows, columns, C] of the images of one partition, in their order, each with its key.
 
@@ -78,6 +98,7 @@ class Batcher:
         Args:
             images: (key, prepared image [h, w, 3]).
             timeline: gets the partition's share of the forward passes.
+            turn: of the partition; taken before its last image.
 
         Raises:
             DataError: tokens that are not finite.
@@ -89,13 +110,20 @@ class Batcher:
             self.check()
             self._feeds.append(feed)
         try:
-            for key, image in images:
+            given = iter(images)
+            upcoming = next(given, None)
+            while upcoming is not None:
+                key, image = upcoming
+                upcoming = next(given, None)
+                if upcoming is None and not turn.take(wait=False):
+                    self._close(feed)  # who has the turn must not wait for this partition in turn
+                    while fed:
+                        yield _received(*fed.popleft())
+                    turn.take()
                 fed.append((key, self._add(feed, image)))
                 while fed and (fed[0][1].done() or len(fed) >= self._most):
                     yield _received(*fed.popleft())
-            with self._lock:
-                feed.open = False
-                self._wake()
+            self._close(feed)
             while fed:
                 yield _received(*fed.popleft())
         finally:
@@ -126,57 +154,47 @@ class Batcher:
             self._wake()
         return tokens
 
+    def _close(self, feed: _Feed) -> None:
+        with self._lock:
+            feed.open = False
+            self._wake()
+
     def _ready(self) -> bool:
         waiting = sum(len(feed.waiting) for feed in self._feeds)
         return waiting >= self.batch_size or (waiting > 0 and not any(feed.open for feed in self._feeds))
 
     def _wake(self) -> None:
-        if not self._busy and self._ready():
-            self._busy = True
-            self._thread.submit(self._run)
+        """Launch what is ready, as far ahead as may be. To be called with the lock, whenever one of both changes."""
+        while self._running <= self._ahead and self._ready():
+            self._running += 1
+            self._launcher.submit(self._launch, self._take())
 
     def _take(self) -> list[_Item]:
-        """The next batch, empty where none is ready."""
+        """The next batch."""
         taken: list[_Item] = []
-        if self._ready():
-            for feed in self._feeds:
-                while feed.waiting and len(taken) < self.batch_size:
-                    taken.append(feed.waiting.popleft())
+        for feed in self._feeds:
+            while feed.waiting and len(taken) < self.batch_size:
+                taken.append(feed.waiting.popleft())
         return taken
 
-    def _run(self) -> None:
-        """Run batch after batch until none is ready."""
-        launched: deque[_Running] = deque()
-        while True:
-            with self._lock:
-                batch = self._take()
-                if not batch and not launched:
-                    self._busy = False
-                    return
-            if batch:
-                self._launch(batch, launched)
-                del batch[:]  # the images are the device's now
-                most = self._ahead
-            else:
-                most = 0
-            while len(launched) > most:
-                self._complete(launched.popleft())
-
-    def _launch(self, batch: Sequence[_Item], launched: deque[_Running]) -> None:
+    def _launch(self, batch: list[_Item]) -> None:
         start = time.perf_counter_ns()
         images = [item.image for item in batch]
         images += images[-1:] * (self.batch_size - len(images))
         tokens, feeds = [item.tokens for item in batch], [item.feed for item in batch]
+        batch.clear()  # the images are the device's now; who submitted this call still has the list
         try:
-            launched.append(_Running(self._vfm.launch(images), tokens, feeds, start))
+            launched = self._vfm.launch(images)
         except BaseException as error:  # whoever waits for the tokens has to know, whatever it is
-            _fail(tokens, error)
+            self._end(tokens, [error] * len(tokens))
+        else:
+            self._completer.submit(self._complete, _Running(launched, tokens, feeds, start))
 
     def _complete(self, running: _Running) -> None:
         try:
             outcomes = running.launched.outcomes()
         except BaseException as error:  # as above
-            _fail(running.tokens, error)
+            self._end(running.tokens, [error] * len(running.tokens))
             return
         end = time.perf_counter_ns()
         start = max(running.start, self._last_end)  # one that was launched ahead has waited for the one before
@@ -184,11 +202,46 @@ class Batcher:
         for i, feed in enumerate(dict.fromkeys(running.feeds)):
             share = running.feeds.count(feed) / len(running.feeds)
             feed.timeline.add("forward", start, end, share=share, span=not i)
-        for tokens, outcome in zip(running.tokens, outcomes, strict=False):  # without those of the padding
-            if isinstance(outcome, DataError):
+        self._end(running.tokens, outcomes)
+
+    def _end(self, waiting: Sequence[Future[torch.Tensor]], outcomes: Sequence[torch.Tensor | BaseException]) -> None:
+        """A batch that has ended makes room for the next, before those who wait for it go on."""
+        with self._lock:
+            self._running -= 1
+            self._wake()
+        for tokens, outcome in zip(waiting, outcomes, strict=False):  # without those of the padding
+            if isinstance(outcome, BaseException):
                 tokens.set_exception(outcome)
             else:
                 tokens.set_result(outcome)
+
+
+class Turn:
+    """The turn of one partition to be embedded to its end, see `Batcher.turn`."""
+
+    def __init__(self, batcher: Batcher, lock: threading.Lock) -> None:
+        self._batcher, self._lock, self._mine = batcher, lock, False
+
+    def take(self, *, wait: bool = True) -> bool:
+        """Take the turn; whether it is this partition's.
+
+        Args:
+            wait: until the partition before is committed or given up.
+
+        Raises:
+            Stopped: the run ends.
+        """
+        self._mine = self._lock.acquire(blocking=False)
+        while wait and not self._mine:
+            self._batcher.check()
+            self._mine = self._lock.acquire(timeout=POLL)
+        return self._mine
+
+    def leave(self) -> None:
+        """Leave the turn to the next partition, where it was taken."""
+        if self._mine:
+            self._mine = False
+            self._lock.release()
 
 
 class _Feed:
@@ -218,8 +271,3 @@ def _received(key: K, future: Future[torch.Tensor]) -> tuple[K, torch.Tensor]:
     if tokens.is_cuda:  # made on another stream than that of this thread, whose work must be waited for before reuse
         tokens.record_stream(torch.cuda.current_stream(tokens.device))
     return key, tokens
-
-
-def _fail(futures: Sequence[Future[torch.Tensor]], error: BaseException) -> None:
-    for future in futures:
-        future.set_exception(error)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ditr_cache.batcher import Batcher, Stopped
+from ditr_cache.batcher import Batcher, Stopped, Turn
 from ditr_cache.claims import Claims, TakenOverError, features_claim, geometry_claim, new_run
 from ditr_cache.codec_state import find_fitted, read_codec
 from ditr_cache.codecs import EncodedRows, check_codec, concatenate_rows, needs_fit
@@ -195,8 +195,8 @@ class PartitionWorker:
                         reported, written, status = geometry.broken_views, sum(geometry.files.values()), "computed"
             with timeline.stage("read"):
                 load = _image_loaders(geometry, read)
-        with self.vfm.stream_of_thread():
-            features = self._make_features(geometry, load, timeline)
+        with self.vfm.stream_of_thread(), self._batcher.turn() as turn:
+            features = self._make_features(geometry, load, timeline, turn)
         return PartitionSummary(
             partition=partition.id,
             status="done",
@@ -208,7 +208,9 @@ class PartitionWorker:
             failures=(*reported, *features.broken_views),
         )
 
-    def _make_features(self, geometry: GeometryRecord, load: ImageLoader, timeline: Timeline) -> FeatureRecord:
+    def _make_features(
+        self, geometry: GeometryRecord, load: ImageLoader, timeline: Timeline, turn: Turn
+    ) -> FeatureRecord:
         started = time.perf_counter()
         with timeline.stage("read"):
             links = self.writer.read_arrays(geometry, LINK_ARRAYS)
@@ -231,7 +233,7 @@ class PartitionWorker:
                 base += len(found.table)
 
         prepared = self._prepared(parts, load, broken, timeline)
-        with closing(prepared), closing(self._batcher.embed(prepared, timeline)) as embedded:
+        with closing(prepared), closing(self._batcher.embed(prepared, timeline, turn)) as embedded:
             for (part, view), tokens in embedded:
                 finish(part)
                 part.put(view, tokens)

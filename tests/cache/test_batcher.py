@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -57,13 +57,25 @@ class Pass:
         return [DataError("not finite") if n == BAD else torch.full((1, 1, 1), float(n)) for n in self.numbers]
 
 
-def embed(batcher: Batcher, numbers: Sequence[int], timeline: Timeline | None = None) -> list[int]:
-    """What comes back for a partition of these images: pairs of key and token agree."""
-    images = ((n, image(n)) for n in numbers)
-    with closing(batcher.embed(images, timeline or Timeline())) as embedded:
+def embed(
+    batcher: Batcher,
+    images: Iterable[tuple[int, NDArray[np.uint8]]],
+    timeline: Timeline | None = None,
+    commit: Callable[[], Any] = lambda: None,
+) -> list[int]:
+    """What comes back for a partition of these images, which is then committed: pairs of key and token agree."""
+    with (
+        batcher.turn() as turn,
+        closing(batcher.embed(images, timeline or Timeline(), turn)) as embedded,
+    ):
         found = [(key, int(tokens.item())) for key, tokens in embedded]
+        commit()
     assert [key for key, _ in found] == [value for _, value in found]
     return [key for key, _ in found]
+
+
+def numbered(numbers: Iterable[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    return ((n, image(n)) for n in numbers)
 
 
 @pytest.fixture
@@ -86,7 +98,7 @@ def soon(condition: Callable[[], bool]) -> None:
 @given(count=st.integers(0, 20), batch_size=st.integers(1, 6), ahead=st.integers(0, 2))
 def test_tokens_come_back_in_order_and_batches_have_one_size(count: int, batch_size: int, ahead: int) -> None:
     network = Network()
-    assert embed(Batcher(network, batch_size, ahead=ahead), range(count)) == list(range(count))
+    assert embed(Batcher(network, batch_size, ahead=ahead), numbered(range(count))) == list(range(count))
     assert all(len(batch) == batch_size for batch in network.batches)
     flat = [n for batch in network.batches for n in batch]
     assert flat[:count] == list(range(count))
@@ -107,23 +119,19 @@ def test_few_images_are_taken_ahead(threads: ThreadPoolExecutor, ahead: int) -> 
             taken.append(n)
             yield n, image(n)
 
-    def run() -> int:
-        with closing(batcher.embed(images(), Timeline())) as embedded:
-            return len(list(embedded))
-
-    done = threads.submit(run)
+    done = threads.submit(embed, batcher, images())
     most = 3 * (2 + ahead)
-    soon(lambda: len(taken) == most and len(network.batches) == 1 + ahead)
+    soon(lambda: len(taken) == most + 1 and len(network.batches) == 1 + ahead)  # one to know whether it is the last
     time.sleep(0.05)
-    assert (len(taken), len(network.batches)) == (most, 1 + ahead)
+    assert (len(taken), len(network.batches)) == (most + 1, 1 + ahead)
     network.go.set()
-    assert done.result(SOON) == 100
+    assert done.result(SOON) == [*range(100)]
 
 
 def test_launched_ahead_the_next_batch_waits_on_the_device(threads: ThreadPoolExecutor) -> None:
     network = Network()
     network.go.clear()
-    done = threads.submit(embed, Batcher(network, 2, ahead=1), range(8))
+    done = threads.submit(embed, Batcher(network, 2, ahead=1), numbered(range(8)))
     soon(lambda: len(network.batches) == 2)
     assert network.ended == 0
     network.go.set()
@@ -134,23 +142,25 @@ def test_launched_ahead_the_next_batch_waits_on_the_device(threads: ThreadPoolEx
 
 
 class Source:
-    """Images of one partition that the test hands out one after the other."""
+    """Images of one partition that the test hands out one after the other.
+
+    The batcher gets each when it has seen that it is not the last: when the next is given.
+    """
 
     def __init__(self, threads: ThreadPoolExecutor, batcher: Batcher) -> None:
         self.allowed, self.asked = threading.Semaphore(0), threading.Event()
         self.numbers: list[int | None] = []
         self.timeline = Timeline()
-        self.found: Future[list[int]] = threads.submit(self._run, batcher)
+        self.committed = threading.Event()
+        self.committed.set()
+        images, commit = self._images(), lambda: self.committed.wait(SOON)
+        self.found: Future[list[int]] = threads.submit(embed, batcher, images, self.timeline, commit)
         assert self.asked.wait(SOON)
 
     def give(self, *numbers: int | None) -> None:
         """Hand out images; None ends them."""
         self.numbers.extend(numbers)
         self.allowed.release(len(numbers))
-
-    def _run(self, batcher: Batcher) -> list[int]:
-        with closing(batcher.embed(self._images(), self.timeline)) as embedded:
-            return [key for key, tokens in embedded if key == int(tokens.item())]
 
     def _images(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         for position in range(1000):
@@ -167,13 +177,13 @@ def test_a_batch_fills_across_partitions(threads: ThreadPoolExecutor) -> None:
     batcher = Batcher(network, 4)
     first, second = Source(threads, batcher), Source(threads, batcher)
     first.give(1, 2, None)
-    second.give(5)
+    second.give(5, 6)
     time.sleep(0.02)
     assert network.batches == [], "the second may fill it"
-    second.give(6)
+    second.give(7)
     assert first.found.result(SOON) == [1, 2]
     assert network.batches == [[1, 2, 5, 6]]
-    second.give(7, None)
+    second.give(None)
     assert second.found.result(SOON) == [5, 6, 7]
     assert network.batches[1:] == [[7, 7, 7, 7]]
     total = first.timeline.seconds["forward"] + second.timeline.seconds["forward"]
@@ -195,9 +205,9 @@ def test_the_partition_that_began_first_goes_first(threads: ThreadPoolExecutor) 
     network.go.clear()
     batcher = Batcher(network, 2)
     first, second = Source(threads, batcher), Source(threads, batcher)
-    second.give(50, 51, 52, 53)
+    second.give(50, 51, 52, 53, 54)
     soon(lambda: len(network.batches) == 1)
-    first.give(1, 2)
+    first.give(1, 2, 3)
     soon(lambda: first.allowed._value == 0)
     time.sleep(0.02)
     network.go.set()
@@ -205,14 +215,57 @@ def test_the_partition_that_began_first_goes_first(threads: ThreadPoolExecutor) 
     assert network.batches == [[50, 51], [1, 2], [52, 53]]
     for source in (first, second):
         source.give(None)
-    assert (first.found.result(SOON), second.found.result(SOON)) == ([1, 2], [50, 51, 52, 53])
+    assert (first.found.result(SOON), second.found.result(SOON)) == ([1, 2, 3], [50, 51, 52, 53, 54])
+
+
+def test_the_last_image_waits_until_the_partition_before_is_committed(threads: ThreadPoolExecutor) -> None:
+    """Killed at any moment, a process loses one embedded partition at most."""
+    network = Network()
+    batcher = Batcher(network, 2)
+    first, second = Source(threads, batcher), Source(threads, batcher)
+    first.committed.clear()
+    first.give(1, None)
+    soon(batcher._turn.locked)
+    second.give(5, 6, 7, 8, None)
+    soon(lambda: network.batches == [[1, 5], [6, 7]])
+    time.sleep(0.05)
+    assert network.batches == [[1, 5], [6, 7]] and not first.found.done()
+    first.committed.set()
+    assert (first.found.result(SOON), second.found.result(SOON)) == ([1], [5, 6, 7, 8])
+    assert network.batches[2:] == [[8, 8]]
+
+
+def test_a_turn_is_left_by_who_fails_to_commit(threads: ThreadPoolExecutor) -> None:
+    def fails() -> None:
+        raise OSError("disk full")
+
+    batcher = Batcher(Network(), 1)
+    with pytest.raises(OSError, match="disk full"):
+        embed(batcher, numbered([1, 2]), commit=fails)
+    assert embed(batcher, numbered([1, 2])) == [1, 2]
+
+
+def test_stopped_nobody_waits_for_a_turn(threads: ThreadPoolExecutor) -> None:
+    network = Network()
+    batcher = Batcher(network, 1)
+    first, second = Source(threads, batcher), Source(threads, batcher)
+    first.committed.clear()
+    first.give(1, None)
+    soon(lambda: network.batches == [[1]])
+    second.give(5, None)
+    soon(lambda: second.allowed._value == 0)
+    batcher.stop()
+    with pytest.raises(Stopped):
+        second.found.result(SOON)
+    first.committed.set()
+    assert first.found.result(SOON) == [1]
 
 
 @given(st.lists(st.lists(st.integers(20, 250), max_size=12), min_size=1, max_size=4), st.integers(1, 5))
 def test_nobody_waits_for_ever(partitions: list[list[int]], batch_size: int) -> None:
     batcher = Batcher(Network(), batch_size, ahead=1)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        found = [pool.submit(embed, batcher, numbers) for numbers in partitions]
+        found = [pool.submit(embed, batcher, numbered(numbers)) for numbers in partitions]
         assert [f.result(SOON) for f in found] == partitions
 
 
@@ -224,13 +277,13 @@ def test_tokens_that_are_not_finite_fail_their_own_partition_only(threads: Threa
     batcher = Batcher(network, 2)
     first, second = Source(threads, batcher), Source(threads, batcher)
     first.give(BAD)
-    second.give(2)
+    second.give(2, 3)
     with pytest.raises(DataError, match="not finite"):
         first.give(None)
         first.found.result(SOON)
     second.give(None)
-    assert second.found.result(SOON) == [2]
-    assert network.batches == [[BAD, 2]]
+    assert second.found.result(SOON) == [2, 3]
+    assert network.batches == [[BAD, 2], [3, 3]]
 
 
 def test_an_error_of_the_network_reaches_all_of_its_batch_and_no_other() -> None:
@@ -243,8 +296,8 @@ def test_an_error_of_the_network_reaches_all_of_its_batch_and_no_other() -> None
 
     batcher = Batcher(Failing(), 2)
     with pytest.raises(RuntimeError, match="out of memory"):
-        embed(batcher, range(5))
-    assert embed(batcher, range(5)) == list(range(5))
+        embed(batcher, numbered(range(5)))
+    assert embed(batcher, numbered(range(5))) == list(range(5))
 
 
 def test_a_partition_that_is_given_up_does_not_hold_others_back(threads: ThreadPoolExecutor) -> None:
@@ -257,8 +310,8 @@ def test_a_partition_that_is_given_up_does_not_hold_others_back(threads: ThreadP
 
     other = Source(threads, batcher)
     other.give(5, None)
-    with pytest.raises(OSError, match="unreadable"), closing(batcher.embed(broken(), Timeline())) as embedded:
-        list(embedded)
+    with pytest.raises(OSError, match="unreadable"):
+        embed(batcher, broken())
     assert other.found.result(SOON) == [5]
     assert network.batches == [[5, 5, 5, 5]]
 
@@ -267,7 +320,7 @@ def test_stopped_nobody_waits_and_nothing_more_runs(threads: ThreadPoolExecutor)
     network = Network()
     network.go.clear()
     batcher = Batcher(network, 1)
-    busy: list[Future[Any]] = [threads.submit(embed, batcher, range(n, n + 9)) for n in (20, 40)]
+    busy: list[Future[Any]] = [threads.submit(embed, batcher, numbered(range(n, n + 9))) for n in (20, 40)]
     soon(lambda: len(network.batches) == 1)
     batcher.stop()
     network.go.set()
@@ -278,14 +331,15 @@ def test_stopped_nobody_waits_and_nothing_more_runs(threads: ThreadPoolExecutor)
     with pytest.raises(Stopped):
         batcher.check()
     with pytest.raises(Stopped):
-        embed(batcher, [1])
+        embed(batcher, numbered([1]))
 
 
-def test_its_thread_ends_with_it() -> None:
+def test_its_threads_end_with_it() -> None:
     batcher = Batcher(Network(), 1)
-    embed(batcher, [1])
-    (thread,) = batcher._thread._threads
-    assert thread.is_alive()
+    embed(batcher, numbered([1]))
+    ends = [*batcher._launcher._threads, *batcher._completer._threads]
+    assert len(ends) == 2 and all(thread.is_alive() for thread in ends)
     del batcher
-    thread.join(SOON)
-    assert not thread.is_alive()
+    for thread in ends:
+        thread.join(SOON)
+        assert not thread.is_alive()

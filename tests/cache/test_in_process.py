@@ -96,27 +96,33 @@ class Counted:
         return self._launch(images)
 
 
-def test_one_is_written_while_the_next_is_embedded(
+def test_one_is_written_while_the_next_is_embedded_but_for_its_last_image(
     settings: ExtractSettings, vfm: FrozenVFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first partition cannot be committed before the second has been embedded: one after the other would hang."""
-    worker, partitions = ready(settings, vfm, tmp_path / "cache")
+    """One after the other would hang here. Both embedded to their ends, a kill would cost two partitions."""
+    worker, partitions = ready(settings, vfm, tmp_path / "cache", batch_size=1)
+    launched: list[int] = []
+    worker._batcher._vfm = Counted(vfm.launch, launched)  # type: ignore[assignment]
     commit = CacheWriter.commit_features
-    second_is_embedded = threading.Event()
-    writing: list[str] = []
+    ahead: list[int] = []
+    images: list[int] = []
 
     def patient(writer: CacheWriter, spec: Any, geometry: Any, *arguments: Any, **named: Any) -> Any:
-        writing.append(geometry.partition)
-        if len(writing) == 1:
-            assert second_is_embedded.wait(SOON)
-        else:
-            second_is_embedded.set()
+        images.append(named["images"])
+        if len(images) == 1:
+            deadline = time.monotonic() + SOON
+            while len(launched) < sum(images) + 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            time.sleep(0.1)
+            ahead.append(len(launched) - sum(images))
         return commit(writer, spec, geometry, *arguments, **named)
 
     monkeypatch.setattr(CacheWriter, "commit_features", patient)
     summaries = list(run_here(worker, partitions[:2]))
     assert [s.status for s in summaries] == ["done"] * 2
     assert sorted(s.partition for s in summaries) == sorted(p.id for p in partitions[:2])
+    assert ahead == [images[1] - 1] and len(launched) == sum(images)
 
 
 def test_few_run_at_once_and_partitions_are_taken_as_threads_become_free(

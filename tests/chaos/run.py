@@ -213,9 +213,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="a few of each kind, none on dask")
-    parser.add_argument(
-        "--most-redone", type=int, default=1, help="complete partitions of a worker that a kill may cost"
-    )
     parser.add_argument("--only", action="append", choices=GROUPS, help="some groups of faults; all without it")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -229,7 +226,7 @@ def main() -> int:
             for some in GROUPS[group](suite):
                 rows += some
                 print(f"{time.monotonic() - started:6.0f} s  {some[-1].fault}", file=sys.stderr, flush=True)
-    ok = print_table(rows, arguments.most_redone)
+    ok = print_table(rows)
     kills = sum(row.trials for row in rows if row.fault.startswith("kill"))
     silent = sum(len(row.silent) for row in rows)
     print(f"{sum(row.trials for row in rows)} trials, {kills} of them kills; {silent} silent corruptions")

@@ -43,8 +43,8 @@ def _install() -> None:
         note("begun", partition.id)
         return work(self, partition)
 
-    def traced_embed(self: Batcher, images: Any, timeline: Any) -> Iterator[Any]:
-        yield from embed(self, images, timeline)
+    def traced_embed(self: Batcher, *arguments: Any) -> Iterator[Any]:
+        yield from embed(self, *arguments)
         note("embedded", _at_work.partition)
 
     def traced_commit(self: CacheWriter, spec: Any, record: Any, *arguments: Any, **named: Any) -> Any:
