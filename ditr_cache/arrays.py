@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import zarr
@@ -25,11 +25,16 @@ from ditr_cache.errors import CacheError, CorruptCacheError, StorageError, Usage
 from ditr_cache.files import damages
 from ditr_cache.schema import ArrayInfo
 
+T = TypeVar("T")
+
 CHUNK_BYTES = 1 << 19
 """Target size of a chunk before compression: small enough for crops, large enough for the disk."""
 
 SHARD_BYTES = 1 << 28
 """Largest shard before compression: one file per array for nearly every partition."""
+
+PACKED_SHARD_ROWS = 1 << 18
+"""Rows of a shard in an object: those of a sample are then in one or two of every array, which lie side by side."""
 
 GAP_BYTES = 1 << 22
 """Elsewhere, so much between wanted rows is fetched along rather than asked around."""
@@ -55,11 +60,11 @@ def array_sums(arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, str]:
     return {name: block_sums(array, _chunk_rows(array)) for name, array in arrays.items()}
 
 
-def fill_group(folder: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write a group of arrays into an empty folder."""
+def fill_group(folder: Path, arrays: Mapping[str, NDArray[np.generic]], *, to_pack: bool = False) -> None:
+    """Write a group of arrays into an empty folder; `to_pack`: which will be packed into one object."""
     group = zarr.open_group(store=str(folder), mode="w", zarr_format=3)
     for name, array in arrays.items():
-        _write_array(group, name, array)
+        _write_array(group, name, array, PACKED_SHARD_ROWS if to_pack else len(array))
 
 
 def _chunk_rows(array: NDArray[np.generic]) -> int:
@@ -68,10 +73,10 @@ def _chunk_rows(array: NDArray[np.generic]) -> int:
     return max(1, min(len(array), 1 << max(0, (CHUNK_BYTES // row_bytes).bit_length() - 1)))
 
 
-def _write_array(group: zarr.Group, name: str, array: NDArray[np.generic]) -> None:
+def _write_array(group: zarr.Group, name: str, array: NDArray[np.generic], most_rows: int) -> None:
     row_bytes, rows = max(1, array[:1].nbytes), _chunk_rows(array)
     chunks = (rows, *array.shape[1:])
-    shard_rows = rows * max(1, min(-(-len(array) // rows), SHARD_BYTES // max(1, rows * row_bytes)))
+    shard_rows = rows * max(1, min(-(-min(len(array), most_rows) // rows), SHARD_BYTES // max(1, rows * row_bytes)))
     # A single chunk needs no shard around it, and is read in fewer steps.
     shards = (shard_rows, *array.shape[1:]) if shard_rows > rows else None
     stored = group.create_array(
@@ -110,6 +115,9 @@ class GroupFiles(Protocol):
 
     def announced(self, name: str, start: int, stop: int) -> AbstractContextManager[None]:
         """While parts of a range are read one after the other, fetch it with one request."""
+
+    def announced_files(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """While these files are read, fetch them with one request where they lie side by side."""
 
     def forget(self) -> None:
         """Fetch everything again when it is asked for."""
@@ -151,6 +159,15 @@ class ArrayGroup:
             raise UsageError(f"{self.where}/{name}: expected the positions of rows to ascend strictly")
         return self._guarded(name, lambda stored: stored.take(rows))
 
+    def announced(self, names: Sequence[str], rows: slice) -> AbstractContextManager[None]:
+        """While the same rows of several arrays are read, fetch them at once where they lie side by side."""
+        if self._files is None:
+            return nullcontext()
+        return self._files.announced_files([file for name in names for file in self._files_of(name, rows)])
+
+    def _files_of(self, name: str, rows: slice) -> Sequence[str]:
+        return self._guarded(name, lambda stored: stored.files(*rows.indices(stored.shape[0])[:2]))
+
     def check(self) -> None:
         """Raise `CorruptCacheError` where the group's own `zarr.json` is damaged, which only other readers need."""
         try:
@@ -172,7 +189,7 @@ class ArrayGroup:
         where, sums = f"{self.where}/{name}", self._sums.get(name)
         return StoredArray(name, document, self.infos[name], self._opens, where, sums)
 
-    def _guarded(self, name: str, read: Callable[[StoredArray], NDArray[Any]]) -> NDArray[Any]:
+    def _guarded(self, name: str, read: Callable[[StoredArray], T]) -> T:
         try:
             return read(self._open(name))
         except CorruptCacheError:

@@ -182,6 +182,14 @@ class StoredArray:
             start = stop
         return self._filled(len(rows), pieces)
 
+    def files(self, start: int, stop: int) -> list[str]:
+        """Names of the files that rows `start`..`stop` - 1 lie in."""
+        rows = self.chunk_rows * self._chunks_of_file
+        return [self._file(number) for number in range(start // rows, -(-stop // rows))]
+
+    def _file(self, number: int) -> str:
+        return "/".join((self._name, "c", str(number), *("0",) * (len(self.shape) - 1)))
+
     def _filled(self, count: int, pieces: Sequence[_Piece]) -> NDArray[Any]:
         out = np.empty((count, *self.shape[1:]), dtype=self.dtype)
         if not out.size:
@@ -190,7 +198,7 @@ class StoredArray:
         chunk = np.empty((self.chunk_rows, self._row_bytes), dtype=np.uint8)
         for file, found in groupby(pieces, key=lambda piece: piece.chunk // self._chunks_of_file):
             of_file = list(found)
-            with self._files.opened(f"{self._name}/c/{'/'.join(map(str, (file, *(0,) * (len(self.shape) - 1))))}") as f:
+            with self._files.opened(self._file(file)) as f:
                 for piece, stored in self._stored(f, of_file):
                     place = target[piece.start : piece.stop]
                     whole = len(place) == self.chunk_rows

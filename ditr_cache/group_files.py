@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ditr_cache.arrays import GroupFiles
+from ditr_cache.arrays import GAP_BYTES, GroupFiles
 from ditr_cache.block_cache import BlockCache, local_cache
 from ditr_cache.errors import CorruptCacheError
 from ditr_cache.files import Location, content_digest
@@ -18,6 +18,9 @@ from ditr_cache.schema import FeatureRecord, GeometryRecord
 
 WHOLE_BYTES = 1 << 26
 """Objects up to this size, 64 MiB, are fetched as a whole where all of one is likely to be wanted."""
+
+TOGETHER_BYTES = 1 << 24
+"""Files up to this size in all, 16 MiB, are fetched whole, rather than some rows of each with a request of its own."""
 
 REMEMBERED_BYTES = 1 << 16
 """Parts up to this size, the metadata and indices of arrays, are remembered."""
@@ -200,6 +203,16 @@ class StoredFiles:
         """While parts of a range are read one after the other, fetch it with one request."""
         part = self._parts[name]
         return part.source.announced(part.offset + start, part.offset + stop)
+
+    def announced_files(self, names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """While these files are read, fetch them with one request where they lie side by side."""
+        parts = [self._parts[name] for name in names if name in self._parts]  # files of zeros are not written
+        if len({part.source for part in parts}) != 1:
+            return contextlib.nullcontext()
+        start, stop = min(part.offset for part in parts), max(part.offset + part.size for part in parts)
+        if stop - start > min(TOGETHER_BYTES, GAP_BYTES + sum(part.size for part in parts)):
+            return contextlib.nullcontext()
+        return parts[0].source.announced(start, stop)
 
     def forget(self) -> None:
         """Fetch everything again when it is asked for."""

@@ -14,12 +14,25 @@ from pathlib import Path
 METADATA_NAME = "zarr.json"
 
 
-def write_pack(folder: Path, files: Mapping[str, int], target: Path) -> dict[str, int]:
+def write_pack(folder: Path, files: Mapping[str, int], lengths: Mapping[str, int], target: Path) -> dict[str, int]:
     """Store the files of a folder in a zip file, uncompressed; returns relative path -> offset of each one's content.
 
-    The small metadata files stand together at the end, so that one request fetches them all.
+    The small metadata files stand together at the end, so that one request fetches them all. Of arrays of the same
+    length, the files of the same rows stand together: those of a sample.
+
+    Args:
+        folder: of a group of arrays.
+        files: relative path -> size in bytes.
+        lengths: name -> length of each array.
+        target: the zip file.
     """
-    order = sorted(files, key=lambda name: (name.rpartition("/")[2] == METADATA_NAME, name))
+
+    def place(name: str) -> tuple[bool, int, int, str]:
+        parts = name.split("/")  # `array/c/3/0`, `array/zarr.json` or `zarr.json`
+        number = int(parts[2]) if len(parts) > 2 else 0
+        return parts[-1] == METADATA_NAME, lengths.get(parts[0], 0), number, name
+
+    order = sorted(files, key=place)
     offsets = {}
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as pack:
         for name in order:

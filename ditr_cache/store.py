@@ -3,16 +3,12 @@
 A partition is a group of arrays beside a commit record, a JSON file that is written last. Without a valid record a
 partition does not exist; the record names every file with its size and every array with its SHA-256, so that a file
 that is missing, cut, altered or exchanged is found at open (sizes), at read (checksums) or by `verify` (digests).
-
-On a file system a group is a folder, in object storage one zip file.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +19,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.arrays import ArrayGroup, array_infos, array_sums, fill_group
+from ditr_cache.arrays import ArrayGroup
 from ditr_cache.block_cache import local_cache
 from ditr_cache.cached import CachedSample, StoredFeatures, StoredSample, check_view
 from ditr_cache.codec_state import read_codec, write_codec
@@ -43,7 +39,6 @@ from ditr_cache.files import (
     Paths,
     check_files,
     check_name,
-    content_digest,
     entries,
     exists,
     file_name,
@@ -55,11 +50,9 @@ from ditr_cache.files import (
     storage_errors,
     sync,
     temporary_prefix,
-    umask,
     write_text,
 )
-from ditr_cache.group_files import group_files
-from ditr_cache.pack import write_pack
+from ditr_cache.groups import open_group, write_group
 from ditr_cache.remote import RemotePath
 from ditr_cache.schema import (
     PROJECTION_VERSION,
@@ -80,76 +73,6 @@ OPTIONAL_POINT_ARRAYS = ("color", "normal", "strength", "segment", "instance")
 
 REMEMBERED_GROUPS = 512
 """Groups whose metadata a reader keeps parsed: some ten kilobytes each, and at every read some ten milliseconds."""
-
-
-def open_group(
-    paths: Paths, folder: Location, record: GeometryRecord | FeatureRecord, *, whole: bool = False
-) -> ArrayGroup:
-    """Reader of a committed group of arrays; `whole`: all of it will be read, as it lies there now, from no memory."""
-    where = paths.group(folder, record)
-    if isinstance(where, Path) and not record.offsets:
-        return ArrayGroup(str(where), record.arrays, sums=record.checksums)
-    # Of a scene most is wanted at once; of a partition of many scans, one scan.
-    samples = record.samples if isinstance(record, GeometryRecord) else record.valid_points
-    files = group_files(where, record, whole=whole or len(samples) == 1, fresh=whole)
-    return ArrayGroup(str(where), record.arrays, files, record.checksums)
-
-
-def _write_group(
-    paths: Paths, folder: Location, partition: str, arrays: Mapping[str, NDArray[np.generic]]
-) -> dict[str, dict[str, Any]]:
-    """Write a group of arrays, atomically and durably; returns what its record says of its content and files."""
-    infos, sums = array_infos(arrays), array_sums(arrays)
-    if isinstance(folder, RemotePath):
-        with tempfile.TemporaryDirectory(prefix="ditr-upload-") as temporary:
-            scratch = Path(temporary) / "group"
-            with storage_errors(scratch, "write"):
-                fill_group(scratch, arrays)
-                files = {p.relative_to(scratch).as_posix(): p.stat().st_size for p in _files(scratch)}
-                offsets = write_pack(scratch, files, Path(temporary) / "pack")
-            target = paths.arrays(folder, partition, content=content_digest(infos, files))
-            assert isinstance(target, RemotePath)
-            target.upload(Path(temporary) / "pack")
-        return {"arrays": infos, "files": files, "offsets": offsets, "checksums": sums}
-    files = write_arrays(paths.arrays(folder, partition), arrays)
-    return {"arrays": infos, "files": files, "offsets": {}, "checksums": sums}
-
-
-def write_arrays(folder: Location, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, int]:
-    """Write a group of arrays as `folder` on a file system, atomically and durably; returns its files and sizes."""
-    assert isinstance(folder, Path)
-    with storage_errors(folder, "write"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(), suffix=".tmp", dir=folder.parent))
-        try:
-            fill_group(temporary, arrays)
-            paths = _files(temporary)
-            files = {p.relative_to(temporary).as_posix(): p.stat().st_size for p in paths}
-            for path in [*paths, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-                sync(path)
-            temporary.chmod(0o777 & ~umask())
-            _replace_folder(folder, temporary)
-            sync(folder.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return files
-
-
-def _replace_folder(folder: Path, by: Path) -> None:
-    while True:
-        remove_group(folder)
-        try:
-            by.rename(folder)
-        except OSError as error:  # another process put its own there in between
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            return
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def check_index(spec: VFMSpec, geometry: GeometryRecord, index: NDArray[np.integer], rows: int) -> None:
@@ -279,7 +202,7 @@ class CacheWriter:
         record = GeometryRecord(
             partition=partition,
             samples=tuple(samples),
-            **_write_group(self.paths, folder, partition, arrays),
+            **write_group(self.paths, folder, partition, arrays),
             broken_views=tuple(broken_views),
             seconds=seconds,
             calibration=tuple(calibration),
@@ -343,7 +266,7 @@ class CacheWriter:
             partition=geometry.partition,
             vfm_digest=spec.digest,
             geometry_digest=geometry.digest,
-            **_write_group(self.paths, folder, geometry.partition, arrays),
+            **write_group(self.paths, folder, geometry.partition, arrays),
             rows=len(rows.table),
             valid_points=tuple(int(part.sum()) for part in np.split(valid, ends[:-1])),
             images=images,
@@ -600,10 +523,10 @@ class CacheReader:
         record = self.geometry[partition]
         group = self._group(None, partition)
         rows = record.point_slice(position)
-        points: dict[str, Any] = {
-            name: group.read(name, rows) if name in record.arrays else None
-            for name in ("coord", "source_index", *OPTIONAL_POINT_ARRAYS)
-        }
+        points: dict[str, Any] = dict.fromkeys(("coord", "source_index", *OPTIONAL_POINT_ARRAYS))
+        present = [name for name in points if name in record.arrays]
+        with group.announced(present, rows):
+            points.update((name, group.read(name, rows)) for name in present)
         if points["normal"] is not None:
             points["normal"] = points["normal"].astype(np.float32)
         points["source_index"] = points["source_index"].astype(np.int64)
@@ -723,7 +646,8 @@ class _SampleFeatures:
         )
 
     def _index(self, of: slice) -> NDArray[np.int32]:
-        index = self.group.read("index", of)
+        with self.group.announced(("index",), of):
+            index = self.group.read("index", of)
         record = self.reader._record(self.spec, self.partition)
         assert isinstance(record, FeatureRecord)
         _check_range(index, -1, record.rows, f"features of {self.spec.key!r}, partition {self.partition!r}: index")

@@ -27,8 +27,9 @@ from ditr_cache.files import (
     remove_group,
     remove_leftovers,
 )
+from ditr_cache.groups import open_group
 from ditr_cache.schema import CacheMetadata, FeatureRecord, GeometryRecord, VFMSpec
-from ditr_cache.store import check_index, open_group
+from ditr_cache.store import check_index
 
 
 @dataclass

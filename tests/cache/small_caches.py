@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ditr_cache import open_cache, store
+from ditr_cache import groups, open_cache
 from ditr_cache.files import write_text
 from ditr_cache.schema import FeatureRecord, GeometryRecord, VFMSpec
 from ditr_cache.store import CacheReader, CacheWriter
@@ -53,11 +53,11 @@ def alter_silently(reader: CacheReader, folder: Path, record: GeometryRecord | F
 
     The checksums of zarr's codecs fit; the record has none of its own, as older ones do not.
     """
-    group = store.open_group(reader.paths, folder, record)
+    group = groups.open_group(reader.paths, folder, record)
     arrays = {array: group.read(array) for array in record.arrays}
     raw = arrays[name].copy()
     raw.reshape(-1).view(np.uint8)[0] ^= 1
-    files = store.write_arrays(reader.paths.arrays(folder, record.partition), arrays | {name: raw})
+    files = groups.write_arrays(reader.paths.arrays(folder, record.partition), arrays | {name: raw})
     assert files == record.files, "the sizes alone would tell"
     write_text(reader.paths.record(folder, record.partition), replace(record, checksums={}).to_json())
 
@@ -107,7 +107,7 @@ def everything(url: object) -> dict[str, NDArray]:
             if record is not None:
                 records[spec.key] = reader.paths.features(spec.key), record
         for place, (folder, record) in records.items():
-            group = store.open_group(reader.paths, folder, record)
+            group = groups.open_group(reader.paths, folder, record)
             found.update({f"{place}/{partition}/{name}": group.read(name) for name in record.arrays})
     return found
 

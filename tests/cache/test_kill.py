@@ -200,16 +200,16 @@ def test_killed_at_every_step_of_a_commit(rooms: Path, make_checkpoint: Callable
 
 SLOW = """
 import time
-import ditr_cache.store as store
+import ditr_cache.groups as groups
 
-if not hasattr(store, "at_full_speed"):  # dask may load this twice
-    store.at_full_speed = store.write_arrays
+if not hasattr(groups, "at_full_speed"):  # dask may load this twice
+    groups.at_full_speed = groups.write_arrays
 
 def slow(*arguments):
     time.sleep(0.25)
-    return store.at_full_speed(*arguments)
+    return groups.at_full_speed(*arguments)
 
-store.write_arrays = slow
+groups.write_arrays = slow
 """
 
 

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from ditr_cache import files, group_files, remote, store
 from ditr_cache.errors import CorruptCacheError, MissingDataError, StorageError, UnwritableError, UsageError
 from ditr_cache.files import Paths, entries, groups_of, location, read_documents, remove_leftovers
+from ditr_cache.groups import open_group
 from ditr_cache.remote import RemotePath, read_many
 from ditr_cache.schema import FeatureRecord, GeometryRecord
-from ditr_cache.store import CacheReader, CacheWriter, open_cache, open_group
+from ditr_cache.store import CacheReader, CacheWriter, open_cache
 from ditr_cache.verify import verified_arrays, verify
 from object_store import BUCKET, ObjectStore, reconnect, running, use
+from small_caches import write_features
 from support import Run
 
 server = pytest.fixture(scope="session")(running)
@@ -404,21 +406,46 @@ def test_a_sample_of_its_own_takes_two_requests(s3: ObjectStore, make_tiny: Call
     assert s3.taken() == []
 
 
-def test_a_scan_of_many_takes_one_request_an_array(
-    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, make_tiny: Callable[..., Any]
-) -> None:
+@pytest.mark.parametrize(
+    ("layout", "shard_rows", "requests"), [("fused", 1 << 18, 4), ("views", 1 << 18, 5), ("fused", 1 << 13, 6)]
+)
+def test_a_scan_of_many_takes_a_handful_of_requests(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, make_tiny: Callable[..., Any], make_spec: Callable[..., Any],
+    layout: str, shard_rows: int, requests: int,
+) -> None:  # fmt: skip
+    """All arrays of points, index, table, scale; in the layout `views` the points of links; where its rows lie in two
+    shards, table and scale once more."""
     monkeypatch.setattr("ditr_cache.arrays.CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr("ditr_cache.arrays.PACKED_SHARD_ROWS", shard_rows)
     monkeypatch.setattr("ditr_cache.group_files.REMEMBERED_BYTES", 1 << 11)
-    spec = make_tiny(URL, together=True, points=6_000, dim=32)
+    spec = make_tiny(URL, together=True, points=6_000 if layout == "fused" else 2_000, dim=32)
+    if layout == "views":
+        spec = make_spec(dim=32, codec="int8", layout="views")
+        writer = CacheWriter(URL)
+        geometry = writer.geometry("scans")
+        assert geometry is not None
+        write_features(writer, spec, geometry)
     reader = open_cache(URL)
     read_all(reader, spec.key)  # metadata and indices of shards, once a partition
     s3.taken()
     stored = reader.read_stored("b", spec.key)
     assert stored.features is not None
     stored.features.take(np.arange(stored.features.rows))
-    taken = s3.taken()
-    assert {method for method, _ in taken} == {"GET"}
-    assert len(taken) == 7 + 3  # coord, color, normal, strength, segment, instance, source_index; index, table, scale
+    assert [method for method, _ in s3.taken()] == ["GET"] * requests
+
+
+def test_shards_that_do_not_lie_together_are_asked_for_one_by_one(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, make_tiny: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr("ditr_cache.arrays.CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr("ditr_cache.group_files.REMEMBERED_BYTES", 1 << 11)
+    monkeypatch.setattr("ditr_cache.group_files.TOGETHER_BYTES", 1 << 10)
+    spec = make_tiny(URL, together=True, points=6_000, dim=32)
+    reader = open_cache(URL)
+    read_all(reader, spec.key)
+    s3.taken()
+    reader.read_stored("b", None)
+    assert [method for method, _ in s3.taken()] == ["GET"] * 7
 
 
 def test_a_commit_takes_three_requests(

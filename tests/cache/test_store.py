@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ditr_cache import arrays as array_files
-from ditr_cache import files, open_cache, store
+from ditr_cache import files, groups, open_cache, store
 from ditr_cache.arrays import array_digest, array_infos
 from ditr_cache.errors import (
     CorruptCacheError,
@@ -70,7 +70,7 @@ SHAPES = st.tuples(st.integers(0, 70)) | st.tuples(st.integers(0, 70), st.intege
 @given(DTYPES.flatmap(lambda d: hnp.arrays(d, SHAPES)))
 def test_arrays_round_trip_bit_by_bit(array):
     with tempfile.TemporaryDirectory() as folder:
-        store.write_arrays(Path(folder) / "a.zarr", {"x": array})
+        groups.write_arrays(Path(folder) / "a.zarr", {"x": array})
         back = read_array(Path(folder) / "a.zarr", "x", array_infos({"x": array})["x"])
     assert back.dtype == array.dtype and back.shape == array.shape and back.tobytes() == array.tobytes()
 
@@ -80,7 +80,7 @@ def test_arrays_of_many_chunks_and_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(array_files, "SHARD_BYTES", 1 << 13)
     array = np.random.default_rng(0).normal(size=(5000, 7)).astype(np.float32)
     array[1000:3000] = 0
-    files = store.write_arrays(tmp_path / "a.zarr", {"x": array})
+    files = groups.write_arrays(tmp_path / "a.zarr", {"x": array})
     info = array_infos({"x": array})["x"]
     assert np.array_equal(read_array(tmp_path / "a.zarr", "x", info), array)
     assert np.array_equal(read_array(tmp_path / "a.zarr", "x", info, slice(999, 1024)), array[999:1024])
@@ -363,7 +363,7 @@ def test_a_failed_write_leaves_nothing_behind(writer, make_arrays, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "fill_group", full)
+        patch.setattr(groups, "fill_group", full)
         with pytest.raises(StorageError, match=r"cannot write .*scene\.zarr.*No space left.*free space"):
             writer.commit_geometry("scene", *make_arrays([("scene", 5)]))
     assert [p.name for p in files_of(writer.paths.root)] == ["cache.json"]
@@ -481,7 +481,7 @@ def test_a_flipped_bit_in_any_file_is_seen_or_harmless(damaged, data, caplog):
 @pytest.mark.parametrize("zeros", [True, False])
 def test_altered_array_metadata_never_makes_other_values(tmp_path, old, new, zeros):
     array = np.zeros(9, np.int16) if zeros else np.arange(9, dtype=np.int16)
-    store.write_arrays(tmp_path / "a.zarr", {"x": array})
+    groups.write_arrays(tmp_path / "a.zarr", {"x": array})
     path = tmp_path / "a.zarr" / "x" / "zarr.json"
     text = path.read_bytes()
     assert text.count(old) == 1

@@ -291,7 +291,7 @@ def test_stopped_at_any_write_the_same_command_goes_on(
     for partition, samples in (("room", [("room", 30)]), ("scans", [("scan-0", 20), ("scan-1", 25)])):
         write_features(writer, spec, writer.commit_geometry(partition, *make_arrays(samples)))
     copied(source, clean, codec=codec)
-    places = [(store, "write_text"), (store, "_write_group"), (codec_state, "write_text")]
+    places = [(store, "write_text"), (store, "write_group"), (codec_state, "write_text")]
     interrupter = Interrupter(monkeypatch, places)
     targets = (tmp_path / f"target-{i}" for i in itertools.count())
     target = next(targets)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from ditr_cache import open_cache
 from ditr_cache.errors import CacheError
-from ditr_cache.store import CacheReader, open_group
+from ditr_cache.groups import open_group
+from ditr_cache.store import CacheReader
 from ditr_cache.verify import verify
 
 Arrays = dict[str, NDArray[np.generic]]
