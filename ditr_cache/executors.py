@@ -8,6 +8,7 @@ small summary. Submissions are bounded, so neither the client nor the scheduler 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -304,7 +305,8 @@ class _TakeOff:
 
     async def _take_off(self, scheduler: Any) -> None:
         scheduler.remove_plugin(name=self.run)
-        await scheduler.unregister_worker_plugin(comm=None, name=self.run)
+        with contextlib.suppress(OSError):  # a worker that goes away meanwhile has nothing to be taken off
+            await scheduler.unregister_worker_plugin(comm=None, name=self.run)
 
 
 def _local_cluster(stack: ExitStack, workers: int) -> Any:

@@ -2,8 +2,8 @@
 
 Links are made once, and a VFM that is added later reads its images through them. Where the calibration on disk was
 changed in between, its features would land on points that another calibration found. Comparing costs no file: a sample
-that is opened for its images holds its cameras and poses already. Points, labels and depth maps are not opened again
-and not compared: those of the cache stay what they were, with the features that belong to them.
+that is opened for its images holds its cameras and poses already. Points and labels are not opened again: those of the
+cache stay what they were, with the features that belong to them. `same_source` compares them, too, on demand.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def check_source(record: GeometryRecord, position: int, sample: Sample) -> None:
     if sample.split != info.split:
         raise MismatchError(
             f"sample {sample.id!r}: its geometry in the cache is of split {info.split!r}, the dataset has it in split "
-            f"{sample.split!r} now; {_remedy(record)}"
+            f"{sample.split!r} now; {remedy(record)}"
         )
     if not record.calibration:
         return
@@ -74,14 +74,15 @@ def check_source(record: GeometryRecord, position: int, sample: Sample) -> None:
         others = f" (and {len(changed) - 1} more views: {shortened(list(changed)[1:])})" if len(changed) > 1 else ""
         raise MismatchError(
             f"view {first!r} of sample {sample.id!r}{others}: its points were linked with another {' and '.join(parts)}"
-            f" than the dataset has now; {_remedy(record)}"
+            f" than the dataset has now; {remedy(record)}"
         )
 
 
-def _remedy(record: GeometryRecord) -> str:
+def remedy(record: GeometryRecord) -> str:
+    """What to do about a partition that the dataset is not the source of any more."""
     return (
-        f"use another --out for the changed data, or bring the old data back; or remove the record of partition "
-        f"{record.partition!r} in the cache's folder geometry, then it is made anew, and every VFM's features of it"
+        f"use another --out for the changed data, or bring the old data back; or remove partition {record.partition!r} "
+        "by `ditr-cache verify CACHE --root ROOT --repair`; `extract` then makes it and its features anew"
     )
 
 

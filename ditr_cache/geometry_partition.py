@@ -117,7 +117,7 @@ def _link_sample(
     if not len(points.coord):
         raise DataError(f"sample {sample.id!r} has no points")
     with timeline.stage("link"):
-        order, cloud = _sorted(points)
+        order, cloud = sorted_cloud(points)
         spacing = point_spacing(cloud["coord"])
     blocks = PointBlocks.of(cloud["coord"])
     broken = [BrokenView(sample=sample.id, view=view, error=error) for view, error in sample.broken_views]
@@ -150,7 +150,7 @@ def _link_sample(
     return info, cloud, links, broken
 
 
-def _sorted(points: Points) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+def sorted_cloud(points: Points) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
     """Morton order of the points, and their arrays in that order, as stored."""
     order = morton_order(points.coord)
     cloud: dict[str, NDArray[Any]] = {

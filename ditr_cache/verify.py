@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from ditr_cache.arrays import array_digest
 from ditr_cache.codec_state import read_codec
-from ditr_cache.errors import CorruptCacheError, FormatVersionError, MismatchError, MissingDataError
+from ditr_cache.datasets.base import Dataset, open_dataset
+from ditr_cache.errors import CacheError, CorruptCacheError, FormatVersionError, MismatchError, MissingDataError
 from ditr_cache.files import (
     RESERVED_NAMES,
     Location,
@@ -28,6 +30,7 @@ from ditr_cache.files import (
     remove_leftovers,
 )
 from ditr_cache.groups import open_group
+from ditr_cache.same_source import compare_source
 from ditr_cache.schema import CacheMetadata, FeatureRecord, GeometryRecord, VFMSpec
 from ditr_cache.store import check_index
 
@@ -40,7 +43,9 @@ class VerifyReport:
         checked, ok: numbers of committed partitions and documents.
         corrupt: content differs from the record, or the record itself was altered.
         missing: committed, but files (or the geometry they belong to) are gone.
-        mismatched: features of another geometry or of another VFM.
+        mismatched: features of another geometry or of another VFM; geometry of another dataset than there is now.
+        not_compared: geometry whose samples the dataset does not have or cannot read, never removed; None where it was
+            not asked.
         reasons: entry -> what is wrong with it.
     """
 
@@ -49,45 +54,53 @@ class VerifyReport:
     corrupt: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    not_compared: list[str] | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.corrupt or self.missing or self.mismatched)
+        return not (self.corrupt or self.missing or self.mismatched or self.not_compared)
 
     def to_dict(self) -> dict[str, object]:
         """The object that `--json` prints."""
-        return {
+        found: dict[str, object] = {
             "checked": self.checked,
             "ok": self.ok,
             "corrupt": self.corrupt,
             "missing": self.missing,
             "mismatched": self.mismatched,
         }
+        return found if self.not_compared is None else {**found, "not_compared": self.not_compared}
 
 
 def verify(
-    url: str | os.PathLike[str], *, repair: bool = False, progress: Callable[[str], None] | None = None
+    url: str | os.PathLike[str],
+    *,
+    repair: bool = False,
+    root: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> VerifyReport:
     """Re-read every committed byte and compare it with the digests of the records.
 
     Args:
         url: the cache.
         repair: remove bad partitions (record first), so that the next `extract` rebuilds just those.
+        root: of the dataset that the cache was made of: compare points, labels, cameras and poses with it, too.
         progress: called with every entry before it is checked.
 
     Raises:
-        MissingDataError: no cache there.
+        MissingDataError: no cache there, or not the dataset at `root`.
         FormatVersionError: written by a newer version.
         CorruptCacheError: `cache.json` itself is damaged; nothing else can be judged then.
     """
     paths = Paths(location(url))
     if not exists(paths.metadata):
         raise MissingDataError(f"{str(paths.root)!r} is not a cache: it has no cache.json")
-    read_document(paths.metadata, CacheMetadata)
-    report = VerifyReport()
-    for entry, check, remove in _entries(paths):
+    metadata = read_document(paths.metadata, CacheMetadata)
+    dataset = None if root is None else open_dataset(metadata.dataset, root, metadata.dataset_options)
+    report = VerifyReport(not_compared=None if dataset is None else [])
+    for entry, check, remove in _entries(paths, dataset):
         if progress is not None:
             progress(entry)
         report.checked += 1
@@ -95,6 +108,11 @@ def verify(
             check()
         except FormatVersionError:
             raise
+        except _NotComparedError as error:
+            assert report.not_compared is not None
+            report.not_compared.append(entry)
+            report.reasons[entry] = str(error)
+            continue
         except MismatchError as error:
             found, reason = report.mismatched, str(error)
         except MissingDataError as error:
@@ -113,13 +131,25 @@ def verify(
     return report
 
 
-def _entries(paths: Paths) -> Iterator[tuple[str, Callable[[], object], Callable[[], None]]]:
+class _NotComparedError(Exception):
+    """The dataset cannot say whether a partition is right; the partition itself is whole."""
+
+
+def _entries(paths: Paths, dataset: Dataset | None) -> Iterator[tuple[str, Callable[[], object], Callable[[], None]]]:
     """(entry, check that raises, remove) of every committed thing; features come after their geometry."""
     geometry: dict[str, GeometryRecord] = {}
 
     def check_geometry(path: Location) -> None:
         record = read_record(path, GeometryRecord)
-        _check_arrays(paths, path.parent, record)
+        arrays = dict(_point_arrays(paths, path.parent, record))
+        try:
+            if dataset is not None:
+                compare_source(record, arrays, dataset.read)
+        except MismatchError:
+            raise
+        except CacheError as error:
+            geometry[path.stem] = record
+            raise _NotComparedError(f"cannot be compared with the dataset: {error}") from error
         geometry[path.stem] = record
 
     def check_features(path: Location, spec_path: Location) -> None:
@@ -128,7 +158,7 @@ def _entries(paths: Paths) -> Iterator[tuple[str, Callable[[], object], Callable
         if record.vfm_digest != spec.digest:
             raise MismatchError(f"made by VFM {record.vfm_digest[:16]}, its store is of {spec.digest[:16]}")
         if path.stem not in geometry:
-            raise MissingDataError("the geometry that these features belong to is missing or damaged")
+            raise MissingDataError("the geometry that these features belong to is missing, damaged or outdated")
         if record.geometry_digest != geometry[path.stem].digest:
             raise MismatchError(
                 f"made from geometry {record.geometry_digest[:16]}, the cache's is {geometry[path.stem].digest[:16]}"
@@ -185,9 +215,11 @@ def verified_arrays(
         yield name, array
 
 
-def _check_arrays(paths: Paths, folder: Location, record: GeometryRecord | FeatureRecord) -> None:
-    for _ in verified_arrays(paths, folder, record):
-        continue
+def _point_arrays(paths: Paths, folder: Location, record: GeometryRecord) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The arrays of points, one entry per point, after all arrays were verified."""
+    for name, array in verified_arrays(paths, folder, record):
+        if not name.startswith("link_"):
+            yield name, array
 
 
 def _remove(record: Location) -> None:

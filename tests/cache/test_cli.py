@@ -28,7 +28,7 @@ FLAGS = {
     "extract": "--dataset --root --out --split --vfm --checkpoint --image-size --every-nth-frame --max-views --layout "
     "--fuse --codec --fit-split --device --workers --scheduler --limit --retry-incomplete --dry-run --profile --json",
     "info": "CACHE --json",
-    "verify": "CACHE --repair --json",
+    "verify": "CACHE --repair --root --json",
     "show": "CACHE SAMPLE -o --vfm",
     "du": "CACHE --json",
     "rm": "CACHE --vfm --yes --json",
@@ -309,6 +309,22 @@ def test_verify_exits_1_where_anything_is_wrong(run: Run, arguments: Arguments, 
     plain = run("verify", cache)
     assert plain.code == 1
     assert "bad geometry/scene0000_00" in plain.out
+
+
+def test_verify_with_the_dataset(run: Run, arguments: Arguments, cache: Path, tiny_rooms: Path, tmp_path: Path) -> None:
+    """What the dataset cannot say is told, and never removed."""
+    whole = run("verify", cache, "--root", tiny_rooms, "--json")
+    assert whole.code == 0
+    assert whole.json == {"checked": 7, "ok": 7, "corrupt": [], "missing": [], "mismatched": [], "not_compared": []}
+    other = shutil.copytree(tiny_rooms, tmp_path / "rooms")
+    (mesh,) = (other / "scans/scene0000_00").glob("*_vh_clean_2.ply")
+    mesh.unlink()
+    before = tree(cache)
+    outcome = run("verify", cache, "--root", other, "--repair")
+    assert outcome.code == 1
+    assert "bad geometry/scene0000_00: cannot be compared with the dataset: " in outcome.out
+    assert "7 checked, 6 ok" in outcome.out and tree(cache) == before
+    assert run("verify", cache, "--root", tmp_path / "nowhere").code == 2
 
 
 def test_show_writes_a_picture(run: Run, cache: Path, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_source_that_changed_is_refused_by_view_and_part():
         check_source(record, 0, sample(view(id="0"), other))
     message = str(caught.value)
     assert "view '2' of sample 'room'" in message and "another camera and pose than" in message
-    assert "--out" in message and "record of partition 'p'" in message and "more views" not in message
+    assert "--out" in message and "remove partition 'p'" in message and "more views" not in message
     with pytest.raises(MismatchError, match=r"view '0' .*and 1 more views: 2\).*another depth camera than"):
         check_source(record, 0, sample(*(view(id=name, depth_camera=CAMERA) for name in "0123")))
 

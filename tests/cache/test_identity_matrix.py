@@ -384,6 +384,31 @@ def test_a_second_vfm_belongs_to_the_points_of_the_cache(world: World, name: str
     assert identities(world.cache, world.mean, world.last) == before
 
 
+SOURCE_ROWS = {
+    "point order": "another coord of|another source_index of",
+    "coordinates": "another coord of|another source_index of",
+    "colour": "another color of 1 of",
+    "labels": "another segment of 1 of",
+} | {name: message for name, (_, message) in CALIBRATION_ROWS.items()}
+"""Row -> what `verify --root` says of the room that changed; nothing of depth maps is stored."""
+
+
+@pytest.mark.parametrize("name", SOURCE_ROWS)
+def test_a_changed_dataset_is_found_and_its_partition_made_anew(world: World, name: str) -> None:
+    """Also where everything is committed, so that a run would open nothing."""
+    first = settings_of(world.root, world.cache, world.checkpoint, fuse="mean")
+    assert verify(world.cache, root=world.root).clean
+    EVERY_ROW[name](world.root)
+    assert run(first).partitions == {"done": 0, "reused": 2, "failed": 0}
+    assert verify(world.cache).clean
+    report = verify(world.cache, root=world.root, repair=True)
+    assert report.mismatched == [f"geometry/{CHANGED}"] and not report.not_compared
+    assert re.search(SOURCE_ROWS[name].format(CHANGED), report.reasons[f"geometry/{CHANGED}"])
+    assert report.missing == [f"features/{key}/{CHANGED}" for key in sorted((world.mean, world.last))]
+    assert run(first).partitions == {"done": 1, "reused": 1, "failed": 0}
+    assert verify(world.cache, root=world.root).clean
+
+
 @pytest.mark.parametrize("name", EVERY_ROW)
 def test_features_of_the_old_geometry_are_refused_and_rebuilt(world: World, tmp_path: Path, name: str) -> None:
     """Geometry made again, as the error says, from changed data: the features of it are outdated, and no others."""
