@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ditr_cache.codecs import Codec, make_codec
+from ditr_cache.codecs import Codec, make_codec, needs_fit
 from ditr_cache.errors import CorruptCacheError, MismatchError, UsageError
 from ditr_cache.files import Paths, exists, read_document, read_documents, write_text
 from ditr_cache.schema import ArrayInfo, ArrayName, Document, VFMSpec
@@ -130,6 +130,11 @@ def find_fitted(paths: Paths, spec: VFMSpec) -> VFMSpec | None:
             f"rows: {', '.join(s.key for s in found)}; remove all but one with `ditr-cache rm`, or use another cache"
         )
     return found[0] if found else None
+
+
+def as_stored(paths: Paths, spec: VFMSpec) -> VFMSpec:
+    """The spec as the cache has it: with its codec fitted, where it has to be and was. Raises as `find_fitted`."""
+    return (find_fitted(paths, spec) or spec) if needs_fit(spec.codec) else spec
 
 
 def _unfitted(spec: VFMSpec) -> VFMSpec:

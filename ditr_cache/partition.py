@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ditr_cache.batcher import Batcher, Stopped, Turn
 from ditr_cache.claims import Claims, TakenOverError, features_claim, geometry_claim, new_run
-from ditr_cache.codec_state import find_fitted, read_codec
-from ditr_cache.codecs import EncodedRows, check_codec, concatenate_rows, needs_fit
+from ditr_cache.codec_state import as_stored, read_codec
+from ditr_cache.codecs import EncodedRows, check_codec, concatenate_rows
 from ditr_cache.datasets.base import DATASETS, Dataset, Defaults, OptionValue, Partition, dataset_class, open_dataset
 from ditr_cache.errors import CacheError, DataError, MismatchError, StorageError, UnknownNameError, UsageError
 from ditr_cache.fingerprint import check_source
@@ -127,9 +127,7 @@ class PartitionWorker:
         self.dataset = dataset or open_dataset(settings.dataset, settings.root, settings.options)
         self.writer = CacheWriter(settings.cache)
         self.vfm = vfm if vfm is not None else FrozenVFM(settings.vfm)
-        self.spec = settings.complete_spec(self.vfm.spec)
-        if needs_fit(settings.codec):
-            self.spec = find_fitted(self.writer.paths, self.spec) or self.spec
+        self.spec = as_stored(self.writer.paths, settings.complete_spec(self.vfm.spec))
         self.codec = read_codec(self.writer.paths, self.spec)
         if expected_key is not None and self.spec.key != expected_key:
             raise UsageError(

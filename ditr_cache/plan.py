@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ditr_cache.codec_state import find_fitted
+from ditr_cache.codec_state import as_stored
 from ditr_cache.codecs import needs_fit
 from ditr_cache.datasets.base import Dataset, Partition
 from ditr_cache.errors import DataError
@@ -117,7 +117,7 @@ def _missing(
         return wanted, wanted
     writer = CacheWriter(request.settings.cache)
     writer.check(metadata)
-    spec = find_fitted(writer.paths, spec) or spec
+    spec = as_stored(writer.paths, spec)
     missing, without_geometry = [], []
     for partition in wanted:
         geometry, features = committed(writer, spec, partition, request.settings.retry_incomplete)

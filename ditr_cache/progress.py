@@ -1,22 +1,14 @@
-"""What a run tells while it goes on: one event per partition, shown as a bar or as plain lines."""
+"""What a run tells while it goes on: one event per partition."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from ditr_cache.display import StatusDisplay
 from ditr_cache.schema import BrokenView
 from ditr_cache.timeline import STAGES, Span
-
-PLAIN_INTERVAL = 5.0
-"""Seconds between plain lines, where there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,58 +138,16 @@ def human_count(number: float) -> str:
     return f"{number:.1f}G"
 
 
-class ProgressDisplay:
-    """Keeps the totals of a run and shows them: a bar on a terminal, else plain lines on stderr."""
+class ProgressDisplay(StatusDisplay):
+    """Keeps the totals of a run of so many partitions and shows them."""
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:
+        super().__init__("extract", total, quiet=quiet)
         self.totals = RunTotals()
-        self._total = total
-        self._quiet = quiet
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._last_line = time.perf_counter()
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal and not self._quiet:
-            self._bar = Progress(
-                TextColumn("extract"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rates]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("extract", total=self._total, rates="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def __call__(self, summary: PartitionSummary) -> None:
         """Count and show one finished partition."""
         self.totals.add(summary)
-        if self._quiet:
-            return
-        totals = self.totals
         for failure in summary.failures:
-            where = failure.sample + (f" view {failure.view}" if failure.view else "")
-            self._console.print(
-                f"skipped {where}: {failure.error}", style="yellow", markup=False, highlight=False, soft_wrap=True
-            )
-        if self._bar is not None:
-            seconds = max(totals.seconds, 1e-9)
-            rates = (
-                f"{totals.images / seconds:.1f} images/s {human_count(totals.points / seconds)} points/s "
-                f"{human_bytes(totals.bytes)}"
-            )
-            self._bar.update(self._task, completed=totals.finished, rates=rates)
-        elif totals.finished == self._total or time.perf_counter() - self._last_line >= PLAIN_INTERVAL:
-            self._last_line = time.perf_counter()
-            sys.stderr.write(totals.line(self._total) + "\n")
-            sys.stderr.flush()
+            self.skipped(failure.sample + (f" view {failure.view}" if failure.view else ""), failure.error)
+        self.show(self.totals.finished, self.totals.line(self.total))

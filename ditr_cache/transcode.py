@@ -258,7 +258,7 @@ class _Copier:
 
     def _fail(self, entry: str, reason: str) -> None:
         self.totals.failures.append((entry, reason))
-        self.progress.failed(entry, reason)
+        self.progress.skipped(entry, reason)
 
     def _store(self, spec: VFMSpec, codec: str | None) -> _Store | None:
         """What becomes of one VFM's features; None where nothing can decode them, which is noted as a failure."""
