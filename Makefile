@@ -27,8 +27,11 @@ bench: .venv/dev.stamp
 	$(BIN)/python pipelines/bench_predict.py --page BENCHMARKS.md
 	$(BIN)/python pipelines/bench_backbones.py --page BENCHMARKS.md
 	$(BIN)/python pipelines/bench_listing.py --page BENCHMARKS.md
+	OMP_NUM_THREADS=1 $(BIN)/python pipelines/bench_links.py --page BENCHMARKS.md
+	OMP_NUM_THREADS=1 $(BIN)/python pipelines/bench_reading.py --scenes 24 --page BENCHMARKS.md
+	$(BIN)/python pipelines/bench_dask.py --page BENCHMARKS.md
 
-# Half an hour on two cores: 1 000 kills, full disks, damaged files, clocks, two writers; and the readers fuzzed.
+# A quarter of an hour on two cores: 1 000 kills, full disks, damaged files, clocks, two writers; and the readers fuzzed.
 chaos: .venv/dev.stamp
 	$(BIN)/python tests/chaos/run.py
 	$(BIN)/python tests/fuzz/run.py --seconds 120

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import zarr
@@ -24,8 +24,6 @@ from ditr_cache.chunks import FolderFiles, OpensFiles, StoredArray
 from ditr_cache.errors import CacheError, CorruptCacheError, StorageError, UsageError
 from ditr_cache.files import damages
 from ditr_cache.schema import ArrayInfo
-
-T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 19
 """Target size of a chunk before compression: small enough for crops, large enough for the disk."""
@@ -147,7 +145,9 @@ class ArrayGroup:
 
     def read(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
         """Rows of one array. Raises `CorruptCacheError` where it cannot be decoded or is not as recorded."""
-        return self._guarded(name, lambda stored: stored.read(*rows.indices(stored.shape[0])[:2]))
+        with self._guarded(name):
+            stored = self._open(name)
+            return stored.read(*rows.indices(stored.shape[0])[:2])
 
     def read_rows(self, name: str, rows: NDArray[np.integer]) -> NDArray[Any]:
         """Rows at strictly ascending positions; only the chunks that hold some of them are read. Raises as `read`.
@@ -157,7 +157,8 @@ class ArrayGroup:
         """
         if len(rows) > 1 and not (rows[1:] > rows[:-1]).all():
             raise UsageError(f"{self.where}/{name}: expected the positions of rows to ascend strictly")
-        return self._guarded(name, lambda stored: stored.take(rows))
+        with self._guarded(name):
+            return self._open(name).take(rows)
 
     def announced(self, names: Sequence[str], rows: slice) -> AbstractContextManager[None]:
         """While the same rows of several arrays are read, fetch them at once where they lie side by side."""
@@ -166,15 +167,15 @@ class ArrayGroup:
         return self._files.announced_files([file for name in names for file in self._files_of(name, rows)])
 
     def _files_of(self, name: str, rows: slice) -> Sequence[str]:
-        return self._guarded(name, lambda stored: stored.files(*rows.indices(stored.shape[0])[:2]))
+        with self._guarded(name):
+            stored = self._open(name)
+            return stored.files(*rows.indices(stored.shape[0])[:2])
 
     def check(self) -> None:
         """Raise `CorruptCacheError` where the group's own `zarr.json` is damaged, which only other readers need."""
-        try:
+        with self._guarded("zarr.json"):
             document = self._document("zarr.json")
             whole = document["node_type"] == "group" and document["zarr_format"] == 3
-        except (ValueError, KeyError, TypeError, EOFError) as error:
-            raise CorruptCacheError(f"{self.where}/zarr.json: cannot be read ({error})") from error
         if not whole:
             raise CorruptCacheError(f"{self.where}/zarr.json: was altered; run `ditr-cache verify --repair`")
 
@@ -189,9 +190,11 @@ class ArrayGroup:
         where, sums = f"{self.where}/{name}", self._sums.get(name)
         return StoredArray(name, document, self.infos[name], self._opens, where, sums)
 
-    def _guarded(self, name: str, read: Callable[[StoredArray], T]) -> T:
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """What cannot be read or decoded is an error of the package."""
         try:
-            return read(self._open(name))
+            yield
         except CorruptCacheError:
             self._forget()
             raise

@@ -180,7 +180,7 @@ def _rounds(
                 else:
                     yield summary
         if busy:
-            log.warning("%d partitions are being made by another run on this cache: waiting for them", len(busy))
+            log.warning("waiting for another run on this cache, which makes %d of the partitions", len(busy))
         free = []
         while busy and not free:
             time.sleep(POLL_SECONDS)

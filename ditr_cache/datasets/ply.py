@@ -208,7 +208,7 @@ def _row_lengths(
         if start + count_offset + count_dtype.itemsize > len(body):
             return tuple(lengths), start + count_offset + count_dtype.itemsize
         value = np.frombuffer(body, dtype=count_dtype, count=1, offset=start + count_offset)[0]
-        if not value >= 0 or value != int(value):
+        if not (0 <= value < np.inf and value == int(value)):
             raise DataError(f"{path}: element {element.name!r} has a list of {value} entries, expected 0 or more")
         lengths[i] = int(value)
         if lengths[i] > len(body):

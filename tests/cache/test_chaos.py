@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_features_under_another_name_are_refused_too(writer: CacheWriter, make_p
     assert verify(writer.paths.root).mismatched == [f"features/{spec.key}/b"]
     with pytest.raises(MismatchError):
         store.read_record(folder / "b.json", store.FeatureRecord)
+
+
+def test_a_disk_that_fails_at_the_document_of_a_group(writer: CacheWriter, make_partition, monkeypatch) -> None:
+    """Only other readers need it, and `verify` looks at it."""
+    make_partition(writer, "scene", [("scene", 30)])
+
+    def fails(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("ditr_cache.chunks.LocalFile.read", fails)
+    report = verify(writer.paths.root)
+    assert "zarr.json: cannot be decoded" in report.reasons["geometry/scene"]
 
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])

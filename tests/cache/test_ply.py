@@ -123,6 +123,14 @@ def test_ascii_file_and_carriage_returns(tmp_path):
             "list of -3",
             id="negative",
         ),
+        *(
+            pytest.param(
+                header("ascii", "element vertex 1", "property uchar x", *TRIANGLE) + f"1 {count} 0 0 0".encode(),
+                f"list of {count} entries",
+                id=f"{count} corners",
+            )
+            for count in ("inf", "nan", "2.5")
+        ),
         pytest.param(
             header("ascii", "element vertex 1", "property uchar x", *TRIANGLE) + b"1 3 0 0 1",
             r"faces name vertices 0\.\.1, expected 0\.\.0",
