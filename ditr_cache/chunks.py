@@ -4,6 +4,10 @@ zarr writes the arrays of a cache, and any zarr reads them. A trainer reads them
 zarr's own way costs milliseconds per array and several copies of what is read; and because it makes room for a chunk
 by the size that the chunk announces, where here a chunk that does not fill exactly its place is refused. Nothing runs
 in other threads, so a process may be forked at any time, and no file stays open.
+
+zarrs, a codec pipeline in Rust that zarr can be told to use, is not used where it is installed, either. A loader's
+process that is forked after a first read waits for ever for its threads; a chunk of 17 bytes ends the process; and it
+makes room for what a chunk announces, too. It is no quicker (pipelines/bench_reading.py measures it).
 """
 
 from __future__ import annotations

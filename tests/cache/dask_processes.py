@@ -29,24 +29,21 @@ class Address:
     def scheduler(self) -> subprocess.Popen[bytes]:
         return self.processes[0]
 
-    def add_worker(self, *arguments: object, nanny: bool = False) -> subprocess.Popen[bytes]:
+    def add_worker(self, *arguments: object) -> subprocess.Popen[bytes]:
         """Start one more, and wait until it has joined."""
         options = arguments or ("--nthreads", "1")
         with distributed.Client(self.address) as client:
             before = len(client.nthreads())
-            self._start("worker", self.address, *options, "--no-dashboard", *([] if nanny else ["--no-nanny"]))
+            self._start("worker", self.address, *options, "--no-dashboard", "--no-nanny")
             client.wait_for_workers(before + 1, timeout=120)
         return self.processes[-1]
 
     def stop(self) -> None:
-        for process in reversed(self.processes):
-            process.terminate()
+        """At once: a worker that is asked to leave waits for what it is at, and for a scheduler that has left."""
         for process in self.processes:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+        for process in self.processes:
+            process.wait()
 
     def _start(self, command: str, *arguments: object) -> None:
         line = [sys.executable, "-m", "dask", command, *map(str, arguments)]
