@@ -420,7 +420,8 @@ def write_page(
     text = [
         "## Reading features",
         "",
-        f"Written by `python pipelines/bench_reading.py --page {page}`: {scenes} scenes of {points:,} points, each "
+        f"Written by `OMP_NUM_THREADS=1 python pipelines/bench_reading.py --scenes {scenes} --page {page}`: {scenes} "
+        f"scenes of {points:,} points, each "
         "with a row of its own, made of 64 directions and noise, so that hardly any row repeats; rows of real scenes "
         f"repeat more. Rows a second relative to `np.load` of float16 files (goal for int8: {GOAL:.1f}), the best of "
         f"{rounds} turns, read from memory and from the disk, whose pages were dropped first. Processor time in one "
