@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -353,13 +354,16 @@ def test_a_client_that_stops_leaves_the_workers_clean(
     settings: ExtractSettings, clean: Path, address: Address, tmp_path: Path, how: signal.Signals
 ) -> None:
     """Alive, without plugin, VFM or partition; what was committed stays, and the next run goes on from there."""
-    file, starts = preload(tmp_path, seconds=1.0)
+    file, starts = preload(tmp_path, seconds=0.5)
     worker = address.add_worker(*STOCK, "--preload", file)
     command = [str(Path(sys.executable).with_name("ditr-cache")), "extract", "--dataset", "rooms"]
     command += ["--root", settings.root]
     command += ["--out", str(tmp_path / "cache"), "--vfm", "test_vit", "--checkpoint", str(settings.vfm.checkpoint)]
     command += ["--image-size", "32x48", "--scheduler", address.address, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+    # A shell starts what runs in its background deaf to SIGINT, and so would be the client.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as client:
         wait_until(lambda: len(list(starts.iterdir())) >= 3 or client.poll() is not None)
         client.send_signal(how)
         out, err = client.communicate(timeout=60)
