@@ -182,7 +182,7 @@ def random_weights(folder: Path) -> Path:
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(["flat", "workers"]))
 @click.option("--partitions", default=100_000, show_default=True, type=click.IntRange(min=100), help="That do nothing.")
-@click.option("--rooms", default=16, show_default=True, type=click.IntRange(min=2), help="That are extracted.")
+@click.option("--rooms", default=32, show_default=True, type=click.IntRange(min=2), help="That are extracted.")
 @click.option("--page", type=click.Path(path_type=Path), default=None, help="Keep the figures in this page.")
 def bench(names: tuple[str, ...], partitions: int, rooms: int, page: Path | None) -> None:
     """Measure; exit 1 where a goal is missed."""
