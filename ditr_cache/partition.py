@@ -97,6 +97,10 @@ class ExtractSettings:
                 "choice to the reader; leave --fuse out, or use --layout fused"
             )
 
+    def batch_size_on(self, device: torch.device) -> int:
+        """Images per forward pass on that device."""
+        return self.batch_size or (32 if device.type == "cuda" else 1)
+
     def complete_spec(self, spec: VFMSpec) -> VFMSpec:
         """The model's spec with what these settings add to the identity of the features."""
         fuse = NOT_FUSED if self.layout == "views" else self.fuse or "mean"
@@ -134,9 +138,8 @@ class PartitionWorker:
                 f"this worker's VFM is {self.spec.key!r}, expected {expected_key!r}: its weights or its version of "
                 "ditr differ from the client's"
             )
-        on_gpu = self.vfm.device.type == "cuda"
-        self.batch_size = settings.batch_size or (32 if on_gpu else 1)
-        self._batcher = Batcher(self.vfm, self.batch_size, ahead=1 if on_gpu else 0)
+        self.batch_size = settings.batch_size_on(self.vfm.device)
+        self._batcher = Batcher(self.vfm, self.batch_size, ahead=1 if self.vfm.device.type == "cuda" else 0)
         # As many threads as this process may use cores; a file system may be slow even where cores are few.
         decoders = min(MAX_DECODERS, max(4, torch.get_num_threads()))
         self._decode_ahead = max(decoders, self.batch_size)

@@ -167,7 +167,7 @@ def _probe(
     else:
         raise failure
     # Batches are of one size: fewer images than one would be timed as if it were full of them.
-    images = max(PROBED_IMAGES, request.settings.batch_size or (32 if vfm.device.type == "cuda" else 1))
+    images = max(PROBED_IMAGES, request.settings.batch_size_on(vfm.device))
     views = max(1, images // len(partition.sample_ids))
     few = replace(metadata, links=replace(metadata.links, max_views=views))
     writer = CacheWriter.create(folder / "few", few)

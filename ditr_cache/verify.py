@@ -141,16 +141,20 @@ def _entries(paths: Paths, dataset: Dataset | None) -> Iterator[tuple[str, Calla
 
     def check_geometry(path: Location) -> None:
         record = read_record(path, GeometryRecord)
-        arrays = dict(_point_arrays(paths, path.parent, record))
+        points: dict[str, NDArray[Any]] = {}
+        for name, array in verified_arrays(paths, path.parent, record):
+            if dataset is not None and not name.startswith("link_"):
+                points[name] = array
+        geometry[path.stem] = record
+        if dataset is None:
+            return
         try:
-            if dataset is not None:
-                compare_source(record, arrays, dataset.read)
+            compare_source(record, points, dataset.read)
         except MismatchError:
+            del geometry[path.stem]  # nor do its features stand
             raise
         except CacheError as error:
-            geometry[path.stem] = record
             raise _NotComparedError(f"cannot be compared with the dataset: {error}") from error
-        geometry[path.stem] = record
 
     def check_features(path: Location, spec_path: Location) -> None:
         record = read_record(path, FeatureRecord)
@@ -213,13 +217,6 @@ def verified_arrays(
         if array_digest(array) != info.sha256:
             raise CorruptCacheError(f"{where}/{name}: its content is not what was committed (SHA-256 differs)")
         yield name, array
-
-
-def _point_arrays(paths: Paths, folder: Location, record: GeometryRecord) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The arrays of points, one entry per point, after all arrays were verified."""
-    for name, array in verified_arrays(paths, folder, record):
-        if not name.startswith("link_"):
-            yield name, array
 
 
 def _remove(record: Location) -> None:

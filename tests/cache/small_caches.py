@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ditr_cache import groups, open_cache
 from ditr_cache.files import write_text
 from ditr_cache.schema import FeatureRecord, GeometryRecord, VFMSpec
 from ditr_cache.store import CacheReader, CacheWriter
+from ditr_cache.transcode import CopyRequest, copy
 from plain_rows import encode
 
 ROOMS = ("room-0", "room-1", "room-2")
@@ -131,6 +133,15 @@ def assert_same_content(a: object, b: object) -> None:
             if record is not None:
                 for name in ("vfm_digest", "geometry_digest", "arrays", "rows", "valid_points", "images", "seconds"):
                     assert getattr(record, name) == getattr(copied, name), name
+
+
+@contextmanager
+def in_memory(cache: Path) -> Iterator[str]:
+    """The URL of the same cache in object storage, for as long as this lasts."""
+    url = f"memory://bucket/caches/{cache.name}"
+    copy(CopyRequest(source=str(cache), target=url), quiet=True)
+    yield url
+    forget_memory()
 
 
 def forget_memory() -> None:

@@ -20,7 +20,7 @@ from ditr_cache.schema import VFMSpec
 from ditr_cache.store import CacheWriter
 from ditr_cache.transcode import CopyRequest, copy
 from ditr_cache.verify import verify
-from small_caches import Interrupter, everything, forget_memory, interrupted_runs, rooms_and_scans
+from small_caches import Interrupter, everything, in_memory, interrupted_runs, rooms_and_scans
 from support import Run
 
 
@@ -45,10 +45,8 @@ def cache(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def memory(made: Path) -> Iterator[str]:
     """The same cache in object storage."""
-    url = "memory://bucket/caches/rm"
-    copy(CopyRequest(source=str(made), target=url), quiet=True)
-    yield url
-    forget_memory()
+    with in_memory(made) as url:
+        yield url
 
 
 def fitted_key(cache: object) -> str:

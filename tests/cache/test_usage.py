@@ -14,9 +14,8 @@ from ditr_cache.errors import CacheError
 from ditr_cache.files import temporary_prefix
 from ditr_cache.schema import VFMSpec
 from ditr_cache.store import CacheWriter
-from ditr_cache.transcode import CopyRequest, copy
 from ditr_cache.usage import CacheUsage, disk_usage
-from small_caches import forget_memory, rooms_and_scans
+from small_caches import in_memory, rooms_and_scans
 from support import Run
 
 
@@ -40,10 +39,8 @@ def cache(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def memory(made: Path) -> Iterator[str]:
     """The same cache in object storage."""
-    url = "memory://bucket/caches/du"
-    copy(CopyRequest(source=str(made), target=url), quiet=True)
-    yield url
-    forget_memory()
+    with in_memory(made) as url:
+        yield url
 
 
 def check_sums(usage: CacheUsage) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 import traced_work
 from forked_runs import in_child, wait
-from kills import Bench, committed, count_kill, finish, traced
+from kills import Bench, committed, count_kill, finish, killed_after, traced
 from table import Row
 from traced_work import TRACE, Trace
 
@@ -121,15 +121,9 @@ def _kill_workers(pid: int, trace: Trace, cache: Path, row: Row, budget: int, rn
 
 
 def _patiently(pid: int) -> int:
-    deadline = time.monotonic() + MOST_SECONDS
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    wait(pid)
-    return 99
+    """Exit code of a run that nobody kills, 99 of one that hangs."""
+    code = killed_after(pid, MOST_SECONDS)
+    return 99 if code == -signal.SIGKILL else code
 
 
 def _alive(trace: Trace) -> list[int]:
